@@ -1,0 +1,993 @@
+"""What the methods share: data, ZCA, DSA, the ConvNet, experts, the trajectory unroll, scoring, files.
+
+A method file (mtt.py, haba.py, ...) imports this module and nothing else of ours; copy the two together and
+they run. Images are (n, channels, height, width) everywhere. "Pixels" are uint8 0..255 or floats in [0, 1];
+"preprocessed" images are what networks see: standardised per channel, or ZCA-whitened.
+Papers: HaBa = Liu et al. 2022, MTT = Cazenavette et al. 2022, DSA = Zhao & Bilen 2021.
+"""
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line that says what to do; `run` turns it into exit status 2."""
+
+
+# ------------------------------------------------------------------------------------------ random numbers, device
+
+def rng(*key, device="cpu"):
+    """A torch.Generator that depends on `key` alone, e.g. (seed, "dsa", iteration): a run that was killed and
+    goes on draws what the unbroken run would have drawn. Drawing on `device` copies nothing from the host."""
+    return torch.Generator(device).manual_seed(hash_int(key))
+
+
+def hash_int(key):
+    """A 63-bit integer that depends on repr(key) alone (Python's own hash differs from process to process)."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seeded(key, build, *args, **kwargs):
+    """build(*args, **kwargs) with torch's global generator seeded by `key` meanwhile: how networks start."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hash_int(key))
+        return build(*args, **kwargs)
+
+
+def pick_device(name):
+    """The torch.device for --device; "auto" is a CUDA GPU where there is one. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} cannot be used here: take --device cpu or cuda") from None
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def chunk_size(device):
+    """Images to push through a network at once. The ConvNet's norm does not mix images, so a gradient over a
+    batch is the sum over chunks, exactly; on a CPU chunks that stay in the cache are 2.5 times faster."""
+    return 32 if torch.device(device).type == "cpu" else 4096
+
+
+def autocast(device):
+    """bfloat16 convolutions where the CPU has the instructions (1.9 times faster here); float32 elsewhere."""
+    fast = torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast("cpu", torch.bfloat16) if fast else contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------------------ data
+
+STATS = {  # mean and standard deviation per channel, as published with MTT and DM (protocols.md, 1)
+    "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010)),
+    "cifar100": ((.5071, .4866, .4409), (.2673, .2564, .2762)),
+    "svhn": ((.4377, .4438, .4728), (.1980, .2010, .1970)),
+    "mnist": ((.1307,), (.3081,)),
+    "fashionmnist": ((.2861,), (.3530,)),
+}
+NO_FLIP = ("mnist", "fashionmnist", "svhn")  # digits and letters change their meaning in a mirror
+
+
+@dataclasses.dataclass
+class Dataset:
+    """A data set on the device. `train` and `test` are preprocessed float32 images, labels are int64."""
+    name: str
+    classes: list
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    test: torch.Tensor
+    test_labels: torch.Tensor
+    preprocess: "Preprocess"
+
+    @property
+    def flip(self):
+        """Whether an image and its mirror image mean the same: DSA flips only then."""
+        return self.name not in NO_FLIP
+
+    @property
+    def shape(self):
+        """(channels, height, width) of one image."""
+        return tuple(self.train.shape[1:])
+
+    @property
+    def device(self):
+        return self.train.device
+
+    def random_real(self, per_class, *key):
+        """`per_class` random training images of every class -> images (C * per_class, c, h, w), labels, in
+        class order. Raises UserError where a class has fewer."""
+        order = torch.randperm(len(self.train), generator=rng(*key)).to(self.device)
+        chosen = []
+        for label, name in enumerate(self.classes):
+            of_class = order[self.train_labels[order] == label]
+            if not 1 <= per_class <= len(of_class):
+                raise UserError(f"{per_class} images a class were asked for, but class {name!r} of {self.name} "
+                                f"has {len(of_class)}: choose a number from 1 to that")
+            chosen.append(of_class[:per_class])
+        index = torch.cat(chosen)
+        return self.train[index].clone(), self.train_labels[index]
+
+
+def load_dataset(name, data_dir="data", zca=False, size=None, device="cpu"):
+    """Load a data set by name or path and preprocess it -> Dataset.
+
+    `name` is glyphs (drawn here), a folder with train/<class>/* and test/<class>/* or val/<class>/* (a path, or
+    a name under data_dir), or cifar10, cifar100, svhn, mnist, fashionmnist (torchvision downloads on first use).
+    Raises UserError for an unknown name, an unreadable folder or image, or images of several sizes."""
+    folder = next((p for p in (pathlib.Path(name), pathlib.Path(data_dir) / name) if (p / "train").is_dir()), None)
+    if name == "glyphs":
+        arrays = draw_glyphs(500, 0) + draw_glyphs(100, 1) + (list(GLYPHS),)
+    elif folder is not None:
+        arrays, name = read_folder(folder, size), folder.resolve().name
+    elif pathlib.Path(name).is_dir() or (pathlib.Path(data_dir) / name).is_dir() and name not in STATS:
+        raise UserError(f"folder {name} has no train/ in it: put pictures in train/<class>/ and test/<class>/")
+    elif name in STATS:
+        arrays = read_torchvision(name, data_dir)
+    else:
+        raise UserError(f"unknown data set {name!r}: take glyphs, {', '.join(STATS)}, or a folder with "
+                        "train/<class>/ and test/<class>/ in it")
+    train, train_labels, test, test_labels, classes = arrays
+    if train.shape[2] != train.shape[3] or not 16 <= train.shape[2] <= 256:
+        raise UserError(f"{name} has images of {train.shape[3]}x{train.shape[2]} pixels; networks take squares of "
+                        "16 to 256: add --size 32 (or 64, 128)")
+    train, test = train.to(device), test.to(device)
+    preprocess = Preprocess.fit(name, train, zca, data_dir)
+    return Dataset(name, list(classes), preprocess(train), train_labels.to(device), preprocess(test),
+                   test_labels.to(device), preprocess)
+
+
+def read_torchvision(name, data_dir):
+    """uint8 train images, labels, test images, labels, class names through torchvision. Raises UserError."""
+    import torchvision
+    kind = getattr(torchvision.datasets, {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN",
+                                          "mnist": "MNIST", "fashionmnist": "FashionMNIST"}[name])
+    arrays = ()
+    for train in (True, False):
+        where = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+        try:
+            part = kind(data_dir, download=True, **where)
+        except ModuleNotFoundError:
+            raise UserError("torchvision reads SVHN with scipy, which is not installed: pip install scipy") from None
+        except Exception as error:  # no network, a broken archive, no room: torchvision raises many kinds
+            raise UserError(f"{name} could not be read or downloaded into {data_dir} ({str(error).splitlines()[0]}): "
+                            "check --data-dir and the network") from None
+        images, labels = torch.as_tensor(part.data), torch.as_tensor(getattr(part, "targets", getattr(part, "labels", None)))
+        if images.ndim == 3:
+            images = images[:, None]
+        elif images.shape[-1] == 3:
+            images = images.permute(0, 3, 1, 2)
+        arrays += images.contiguous(), labels.long()
+    return arrays + (getattr(part, "classes", [str(c) for c in range(10)]),)
+
+
+def read_folder(folder, size=None):
+    """Decode train/<class>/* and test/<class>/* (or val/) once; later runs read a uint8 cache beside them.
+    -> as read_torchvision. `size` scales the short side and crops the middle. Raises UserError."""
+    splits = [folder / "train", next((folder / s for s in ("test", "val") if (folder / s).is_dir()), None)]
+    if splits[1] is None:
+        raise UserError(f"{folder} has no test/ and no val/ beside train/: put held-out pictures there")
+    classes = sorted(entry.name for entry in os.scandir(splits[0]) if entry.is_dir())
+    if len(classes) < 2:
+        raise UserError(f"{splits[0]} holds {len(classes)} class folders and two are the least: one folder a class")
+    files, labels, stamp = [], [[], []], hashlib.sha256(repr((size, classes)).encode())
+    for split in (0, 1):
+        for label, name in enumerate(classes):
+            try:
+                entries = sorted(os.scandir(splits[split] / name), key=lambda entry: entry.name)
+            except FileNotFoundError:
+                raise UserError(f"class {name!r} is in {splits[0]} but not in {splits[1]}: add its pictures") from None
+            entries = [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+            if not entries:
+                raise UserError(f"{splits[split] / name} has no pictures in it: add some or remove the folder")
+            for entry in entries:
+                info = entry.stat()
+                stamp.update(f"{entry.path} {info.st_size} {info.st_mtime_ns}".encode())
+            files += [entry.path for entry in entries]
+            labels[split] += [label] * len(entries)
+    cache, stamp = folder / f".cache_{size or 'as_is'}.pt", stamp.hexdigest()
+    with contextlib.suppress(Exception):  # a cache that cannot be read is made anew
+        stored = torch.load(cache, weights_only=True, mmap=True)
+        if stored["stamp"] == stamp:
+            return *(stored[k].clone() for k in ("train", "train_labels", "test", "test_labels")), classes
+    from concurrent.futures import ThreadPoolExecutor  # the decoders let go of Python's lock
+    with ThreadPoolExecutor() as pool:
+        decoded = list(pool.map(lambda path: decode(path, size), files, chunksize=256))
+    sizes = {image.shape[:2] for image, _ in decoded}
+    if len(sizes) > 1:
+        raise UserError(f"the pictures in {folder} have {len(sizes)} sizes: add --size 32 (or 64, 128)")
+    images = torch.from_numpy(np.stack([image for image, _ in decoded])).permute(0, 3, 1, 2)
+    images = images[:, :1] if all(grey for _, grey in decoded) else images  # any picture in colour: all in colour
+    images, n = images.contiguous(), len(labels[0])
+    arrays = images[:n].clone(), torch.tensor(labels[0]), images[n:].clone(), torch.tensor(labels[1])
+    with contextlib.suppress(UserError):  # a read-only folder works too, without a cache
+        save(dict(zip(("train", "train_labels", "test", "test_labels"), arrays), stamp=stamp), cache)
+    return *arrays, classes
+
+
+def decode(path, size=None):
+    """A picture as (uint8 array (h, w, 3), whether it is grey). Raises UserError where it cannot be read."""
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(path) as picture:
+            grey = picture.mode in ("1", "L", "LA", "I", "I;16", "F")
+            picture = picture.convert("RGB")
+            if size:
+                picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+            return np.asarray(picture), grey
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise UserError(f"{path} is not a picture that can be read: remove or replace it") from None
+
+
+GLYPHS = ("disc", "ring", "square", "frame", "triangle", "plus", "star", "crescent", "ell", "bars")
+
+
+def draw_glyphs(per_class, split):
+    """A small data set that needs no download: uint8 images (10 * per_class, 3, 32, 32) and labels.
+
+    One shape of GLYPHS an image, with random place, scale, rotation and colours, over a shaded background with
+    pieces of other shapes at the border, and noise. `split` 0 and 1 draw different images. The shapes are signed
+    distances to outlines (negative inside), so that all images are drawn at once."""
+    n, g = 10 * per_class, rng("glyphs", split)
+    labels = torch.arange(10).repeat_interleave(per_class)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    axis = (torch.arange(32) - 15.5) / 16
+    y, x = axis.view(1, 32, 1).expand(n, 32, 32), axis.view(1, 1, 32).expand(n, 32, 32)
+
+    def shape_mask(kind, cx, cy, scale, angle):
+        """Coverage in [0, 1] of glyph kind[i] in image i, (n, 32, 32)."""
+        c, s = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+        dx, dy, scale = x - cx.view(-1, 1, 1), y - cy.view(-1, 1, 1), scale.view(-1, 1, 1)
+        u, v = (c * dx + s * dy) / scale, (c * dy - s * dx) / scale
+        r, box = (u * u + v * v).sqrt(), torch.maximum(u.abs(), v.abs())
+        polar = torch.atan2(u, v)
+        wedge = (polar + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5  # angle from the nearest of 5 star points
+        distance = torch.stack([
+            r - .9,                                                               # disc
+            (r - .72).abs() - .2,                                                 # ring
+            box - .8,                                                             # square
+            (box - .68).abs() - .18,                                              # frame
+            torch.maximum(v - .6, (.866 * u.abs() - .5 * v) - .55),               # triangle
+            torch.maximum(torch.minimum(u.abs(), v.abs()) - .24, box - .9),       # plus
+            r * wedge.abs().cos() * .5 + r * wedge.abs().sin() * 1.1 - .5,        # star
+            torch.maximum(r - .9, .75 - ((u - .45) ** 2 + v * v).sqrt()),         # crescent
+            torch.maximum(box - .85, torch.minimum(u + .3, .3 - v) * 1.0),        # ell
+            torch.maximum(box - .85, .22 - u.abs()),                              # bars
+        ])
+        chosen = distance[kind, torch.arange(n)]
+        return (.5 - chosen * scale * 16).clamp(0, 1)
+
+    ramp = (x * uniform(-1, 1, 1, 1) + y * uniform(-1, 1, 1, 1))[:, None]
+    image = uniform(.1, .9, 3, 1, 1) + .25 * ramp * uniform(-1, 1, 3, 1, 1)
+    image = image + F.interpolate(uniform(-.15, .15, 3, 5, 5), size=32, mode="bilinear")
+    for _ in range(2):  # neighbours, mostly outside the image
+        around, far = uniform(0, 2 * math.pi), uniform(.95, 1.2)
+        other = shape_mask(torch.randint(0, 10, (n,), generator=g), far * around.cos(), far * around.sin(),
+                           uniform(.25, .4), uniform(0, 2 * math.pi))[:, None]
+        image = image * (1 - other) + uniform(0, 1, 3, 1, 1) * other
+    colour = uniform(0, 1, 3, 1, 1)
+    behind = image.mean((2, 3), keepdim=True)
+    lift = torch.where(behind.mean(1, keepdim=True) > .5, -.4, .4)  # enough contrast to be seen
+    colour = torch.where((colour - behind).abs().mean(1, keepdim=True) < .25, (behind + lift), colour)
+    mask = shape_mask(labels, uniform(-.3, .3), uniform(-.3, .3), uniform(.4, .7), uniform(-.6, .6))[:, None]
+    image = image * (1 - mask) + colour * mask
+    image = image + .08 * torch.randn(n, 3, 32, 32, generator=g)
+    return (image.clamp(0, 1) * 255).round().byte(), labels
+
+
+@dataclasses.dataclass
+class Preprocess:
+    """Pixels to what networks see, and back. kind is "standardise" or "zca"; `fingerprint` depends on the kind,
+    its constants and the training pixels, not on their order: two files fit together when it is equal."""
+    kind: str
+    fingerprint: str
+    mean: torch.Tensor  # (c, 1, 1) when standardising, the mean image (c, h, w) with ZCA
+    std: torch.Tensor   # (c, 1, 1); None with ZCA
+    whiten: torch.Tensor = None  # W (d, d), symmetric, d = c * h * w
+    restore: torch.Tensor = None  # the inverse of W
+
+    ZCA_RIDGE = 0.1
+
+    @classmethod
+    def fit(cls, name, pixels, zca, data_dir):
+        """Fit to uint8 training pixels (n, c, h, w); a ZCA matrix is kept under data_dir for the next run."""
+        sums = sum_of(pixels, lambda p: p.double().sum(0)), sum_of(pixels, lambda p: p.double().square().sum(0))
+        constants = cls.ZCA_RIDGE if zca else STATS.get(name)
+        kind = "zca" if zca else "standardise"
+        digest = hashlib.sha256(repr((kind, constants, len(pixels))).encode())
+        for total in sums:  # sums of integers below 2^53: exact, whatever the order
+            digest.update(total.cpu().numpy().tobytes())
+        fingerprint = f"{kind}-{digest.hexdigest()[:16]}"
+        n, device = len(pixels), pixels.device
+        if not zca:
+            if constants is None:  # data of the user's own: measured
+                mean = sums[0].mean((1, 2)) / n / 255
+                std = (sums[1].mean((1, 2)) / n / 255 ** 2 - mean ** 2).clamp_min(1e-4).sqrt()
+                constants = mean.tolist(), std.tolist()
+            mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in constants)
+            return cls(kind, fingerprint, mean, std)
+        cache = pathlib.Path(data_dir) / ".cache" / f"{fingerprint}.pt"
+        with contextlib.suppress(Exception):
+            stored = torch.load(cache, map_location=device, weights_only=True)
+            return cls(kind, fingerprint, stored["mean"], None, stored["whiten"], stored["restore"])
+        mean = (sums[0] / n / 255)
+        covariance = sum_of(pixels, lambda p: (p / 255 - mean.float()).flatten(1).T.double()
+                            @ (p / 255 - mean.float()).flatten(1).double()) / (n - 1)
+        values, vectors = torch.linalg.eigh(covariance)
+        scale = (values.clamp_min(0) + cls.ZCA_RIDGE).sqrt()
+        whiten, restore = ((vectors * s) @ vectors.T for s in (1 / scale, scale))
+        stored = {"mean": mean.float().cpu(), "whiten": whiten.float().cpu(), "restore": restore.float().cpu()}
+        with contextlib.suppress(UserError):
+            save(stored, cache)
+        return cls(kind, fingerprint, mean.float(), None, whiten.float(), restore.float())
+
+    def __call__(self, pixels):
+        """uint8 pixels (n, c, h, w) -> preprocessed float32 images."""
+        if self.kind == "standardise":
+            return (pixels / 255 - self.mean) / self.std
+        return torch.cat([((p / 255 - self.mean).flatten(1) @ self.whiten).view_as(p) for p in pixels.split(4096)])
+
+    def undo(self, images):
+        """Preprocessed images -> pixels in [0, 1] (not clamped): for pictures."""
+        if self.kind == "standardise":
+            return images * self.std + self.mean
+        return (images.flatten(1) @ self.restore).view_as(images) + self.mean
+
+
+def sum_of(images, term):
+    """The sum of term(part) over parts of a few thousand images."""
+    return sum(term(part) for part in images.split(4096))
+
+
+# ------------------------------------------------------------------------------------------ DSA
+
+def draw_dsa(count, *key, device="cpu", flip=True):
+    """One draw of DSA for a batch -> (transform's name, u): u (count, 3) uniform in [0, 1), one row an image;
+    count=1 shares the parameters over the batch, which is the Siamese form. Same key, same draw."""
+    names = ("colour", "crop", "cutout", "flip", "scale", "rotate")
+    names = names if flip else tuple(name for name in names if name != "flip")
+    name = names[hash_int((*key, "transform")) % len(names)]
+    return name, torch.rand(count, 3, generator=rng(*key, device=device), device=device)
+
+
+def dsa(images, name, u):
+    """Differentiable augmentation (DSA, Zhao & Bilen 2021): transform `name` with parameters u (n or 1, 3) from
+    draw_dsa, applied to images (n, c, h, w); ranges as in protocols.md, 2. Gradients reach the images."""
+    n, _, h, w = images.shape
+    if name == "flip":
+        return torch.where(u[:, 0].view(-1, 1, 1, 1) < .5, images.flip(3), images)
+    if name == "colour":
+        brightness, saturation, contrast = (u[:, i].view(-1, 1, 1, 1) for i in range(3))
+        images = images + (brightness - .5)
+        grey = images.mean(1, keepdim=True)
+        images = grey + (images - grey) * 2 * saturation
+        level = images.mean((1, 2, 3), keepdim=True)
+        return level + (images - level) * (contrast + .5)
+    rows, columns = torch.arange(h, device=u.device), torch.arange(w, device=u.device)
+    if name == "cutout":  # the square's centre is anywhere in the image
+        top, left = (u[:, 0] * (h + 1)).floor() - h // 4, (u[:, 1] * (w + 1)).floor() - w // 4
+        in_rows = (rows >= top[:, None]) & (rows < top[:, None] + h // 2)
+        in_columns = (columns >= left[:, None]) & (columns < left[:, None] + w // 2)
+        return images * ~(in_rows[:, None, :, None] & in_columns[:, None, None, :])
+    if name == "crop":  # shift by whole pixels, zeros outside
+        reach = round(h * .125)
+        down, right = ((u[:, i] * (2 * reach + 1)).floor().long() - reach for i in range(2))
+        padded = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1)
+        which = torch.arange(n, device=u.device).view(-1, 1, 1)
+        return padded[which, (rows + reach + down[:, None])[:, :, None],
+                      (columns + reach + right[:, None])[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    zero = torch.zeros_like(u[:, 0])
+    if name == "scale":
+        sx, sy = (1 / 1.2 + u[:, i] * (1.2 - 1 / 1.2) for i in range(2))
+        matrix = torch.stack([sx, zero, zero, zero, sy, zero], 1)
+    elif name == "rotate":
+        angle = (u[:, 0] - .5) * 2 * math.radians(15)
+        matrix = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], 1)
+    else:
+        raise ValueError(f"unknown transform {name!r}")
+    grid = F.affine_grid(matrix.view(-1, 2, 3).to(images.dtype).expand(n, 2, 3), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+# ------------------------------------------------------------------------------------------ the ConvNet
+
+class ConvNet(nn.Module):
+    """The field's ConvNet: `depth` blocks of conv 3x3 -> instance norm -> ReLU -> average pool, then one linear
+    layer. 320,010 parameters for 3x32x32 and 10 classes. Depth 3 for 28 and 32 pixels, 4 for 64, 5 for 128."""
+
+    def __init__(self, shape, classes, width=128):
+        super().__init__()
+        channels, size = shape[0], shape[-1]
+        first_pad = 3 if (channels, size) == (1, 28) else 1  # 28x28 digits become 32x32 maps
+        size += 2 * (first_pad - 1)
+        self.depth = max(1, round(math.log2(size)) - 2)
+        blocks = []
+        for i in range(self.depth):
+            blocks += [nn.Conv2d(channels, width, 3, padding=first_pad if i == 0 else 1),
+                       nn.GroupNorm(width, width),  # as many groups as channels: instance norm, no running statistics
+                       nn.ReLU(), nn.AvgPool2d(2)]
+            channels, size = width, size // 2
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(width * size * size, classes)
+
+    def features(self, images):
+        """The features before the linear layer, (n, width * (size / 2^depth)^2)."""
+        return self.blocks(images).flatten(1)
+
+    def forward(self, images):
+        """Logits (n, classes)."""
+        return self.classifier(self.features(images))
+
+
+def flat_parameters(net):
+    """All parameters as one vector (P,), detached; `unflatten` is the way back."""
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def unflatten(net, flat):
+    """A vector (P,) -> {name: tensor} views for functional_call(net, ..., images)."""
+    named = dict(net.named_parameters())
+    parts = flat.split([p.numel() for p in named.values()])
+    return {name: part.view_as(p) for (name, p), part in zip(named.items(), parts)}
+
+
+def accumulate_gradient(net, parameters, images, labels):
+    """Add the gradient of the mean cross-entropy to .grad of `parameters`, a dict of leaves.
+
+    parameters (R, ...), images (R, n, c, h, w), labels (R, n) or soft (R, n, C): R networks side by side, each with
+    its own batch (R = 1: no vmap)."""
+    parts = chunk_size(images.device)
+    for x, y in zip(images.split(parts, 1), labels.split(parts, 1)):
+        with autocast(images.device):
+            if len(images) > 1:
+                logits = torch.vmap(lambda p, one: functional_call(net, p, one))(parameters, x)
+            else:
+                logits = functional_call(net, {name: p[0] for name, p in parameters.items()}, x[0])[None]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(0, 1), reduction="sum")
+        (loss / images.shape[1]).backward()
+
+
+@torch.no_grad()
+def accuracy(net, parameters, images, labels):
+    """Percentage of images (n, c, h, w) that net, with a dict of parameters, classifies as `labels` say."""
+    right = 0
+    for x, y in zip(images.split(chunk_size(images.device)), labels.split(chunk_size(images.device))):
+        with autocast(images.device):
+            right = right + (functional_call(net, parameters, x).argmax(1) == y).sum()
+    return 100 * (right / len(labels)).item()
+
+
+# ------------------------------------------------------------------------------------------ experts
+
+def load_experts(data, data_dir, count, epochs, seed):
+    """`count` expert trajectories over `epochs` epochs (MTT, Sec. 3.1), trained where they are missing.
+
+    -> float32 (count, epochs + 1, P) on data.device: the parameters at the start and after every epoch. One file
+    an expert, rewritten after each epoch, in a folder named after data set, preprocessing and network; several
+    processes with different seeds can fill one folder. Experts: SGD, lr 0.01, batch 256, DSA."""
+    net = ConvNet(data.shape, len(data.classes)).to(data.device)
+    setting = {"preprocess": data.preprocess.fingerprint, "network": f"convnet{net.depth}",
+               "shape": list(data.shape), "classes": len(data.classes)}
+    folder = pathlib.Path(data_dir) / "experts" / f"{data.name}_{setting['preprocess'][:-8]}_{setting['network']}"
+    here = {p.name for p in folder.glob("seed*_expert*.pt")}
+    mine = [f"seed{seed}_expert{i:03d}.pt" for i in range(count)]
+    # This seed's experts first, then others that lie here, then new ones.
+    names = [name for name in mine if name in here] + sorted(here - set(mine))
+    names = (names + [name for name in mine if name not in here])[:count]
+    progress, trajectories = Progress(count * epochs, "expert epochs"), []
+    for name in names:
+        path, trajectory = folder / name, None
+        if path.exists():
+            stored = load(path, "an expert")
+            if stored.get("setting") != setting:
+                raise UserError(f"{path} is an expert of another setting: move it away, or take another --data-dir")
+            trajectory = stored["trajectory"][:epochs + 1].to(data.device)
+        if trajectory is None or len(trajectory) <= epochs:
+            key = tuple(path.stem.split("_"))  # ("seed0", "expert003"): what its random numbers depend on
+            for trajectory in expert_epochs(data, net, trajectory, epochs, key):
+                save({"setting": setting, "trajectory": trajectory.cpu()}, path)
+                progress(1)
+        else:
+            progress.skip(epochs)
+        trajectories.append(trajectory)
+    progress.end()
+    return torch.stack(trajectories)
+
+
+def expert_epochs(data, net, trajectory, epochs, key):
+    """Train one expert on the real set from where `trajectory` (E, P) ends; yields it after every epoch."""
+    if trajectory is None:
+        trajectory = flat_parameters(seeded(key, ConvNet, data.shape, len(data.classes))).to(data.device)[None]
+    parameters = {name: p[None].clone().requires_grad_() for name, p in unflatten(net, trajectory[-1]).items()}
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.01)
+    for epoch in range(len(trajectory) - 1, epochs):
+        order = torch.randperm(len(data.train), generator=rng(*key, epoch, device=data.device), device=data.device)
+        for step, index in enumerate(order.split(256)):
+            draw = draw_dsa(len(index), *key, epoch, step, device=data.device, flip=data.flip)
+            optimizer.zero_grad()
+            accumulate_gradient(net, parameters, dsa(data.train[index], *draw)[None], data.train_labels[index][None])
+            optimizer.step()
+        flat = torch.cat([p.detach().flatten() for p in parameters.values()])
+        if not flat.isfinite().all():
+            raise UserError("an expert's parameters are not finite: check the images for constant or broken ones")
+        trajectory = torch.cat([trajectory, flat[None]])
+        yield trajectory
+
+
+# ------------------------------------------------------------------------------------------ the trajectory unroll
+
+def draw_start(experts, settings, *key):
+    """A random expert of (K, E + 1, P) and a start epoch t <= max_start -> phi*_t, phi*_{t+M}, each (P,)."""
+    expert = experts[hash_int((*key, "expert")) % len(experts)]
+    t = hash_int((*key, "start")) % (settings["max_start"] + 1)
+    return expert[t], expert[t + settings["expert_epochs"]]
+
+def identity(method, data, per_class, settings, seed, experts=None):
+    """What has to be equal for a checkpoint to be continued. More iterations of the same thing may be."""
+    same = {k: v for k, v in settings.items() if k != "iterations"}
+    if experts is not None:
+        same["experts' norm"] = experts.double().norm().item()  # other experts, another norm
+    return {"method": method, "dataset": data.name, "fingerprint": data.preprocess.fingerprint,
+            "per class": per_class, "seed": seed, **same}
+
+
+def settings_for(table, dataset, per_class):
+    """The row of a method's settings table for a data set and budget: the nearest budget (in ratio) of the data
+    set, or of CIFAR-10 where the data set has no row. Whitening is for CIFAR and SVHN alone."""
+    name = pathlib.Path(dataset).name
+    rows = {n: row for (of, n), row in table.items() if of == (name if (name, 1) in table else "cifar10")}
+    row = dict(rows[min(rows, key=lambda n: abs(math.log(per_class / n)))])
+    return row | {"zca": row["zca"] and name in ("cifar10", "cifar100", "svhn")}
+
+
+def student_batch(count, batch, step, *key, device="cpu"):
+    """Indices of the synthetic images of student step `step`: all, or `batch` of a shuffled pass over them."""
+    if not 0 < batch < count:
+        return torch.arange(count, device=device)
+    per_pass = count // batch
+    order = torch.randperm(count, generator=rng(*key, "order", step // per_pass, device=device), device=device)
+    return order[step % per_pass * batch:][:batch]
+
+
+def match_trajectory(net, start, target, step_size, batch, steps):
+    """Eq. (7) of HaBa: train a student from `start` for `steps` steps, compare it with `target`, differentiate.
+
+    start, target: expert parameters (P,) at epoch t and t + M. step_size: alpha, a 0-d tensor. batch(n) -> images
+    (b, c, h, w) and labels (b,) or soft labels (b, C) of student step n: drawn from n alone and differentiable, for
+    it is called twice: going forward without a graph, and going back with one, so that the gradient flows through
+    augmentation and hallucinators into whatever leaves it is made of, one step at a time.
+    -> (loss 0-d, the gradient with respect to step_size 0-d); the leaves' .grad has been added to.
+    Memory does not grow with the steps but for their parameters, P numbers each: no graph spans two steps."""
+    students = [start]
+    for n in range(steps):
+        with torch.no_grad():
+            images, labels = batch(n)
+        gradient = sum(student_gradient(net, students[-1], images, labels))
+        students.append(students[-1] - step_size.detach() * gradient)
+    scale = (start - target).square().sum()
+    loss = (students[-1] - target).square().sum() / scale
+    adjoint = 2 * (students[-1] - target) / scale  # dL / d phi_{t+n}, from n = N down to 0
+    step_gradient = torch.zeros_like(loss)
+    for n in reversed(range(steps)):
+        images, labels = batch(n)
+        student = students.pop(n).requires_grad_()
+        leaves = [tensor.detach().requires_grad_() for tensor in (images, labels) if tensor.requires_grad]
+        x = leaves[0] if images.requires_grad else images
+        y = leaves[-1] if labels.requires_grad else labels
+        through = torch.zeros_like(adjoint)
+        sums = [torch.zeros_like(leaf) for leaf in leaves]
+        for gradient in student_gradient(net, student, x, y, create_graph=True):
+            # phi_{n+1} = phi_n - alpha g(phi_n, x): one vector-Jacobian product with -alpha times the adjoint
+            step_gradient -= (gradient.detach() * adjoint).sum()
+            products = torch.autograd.grad(gradient, [student, *leaves], -step_size.detach() * adjoint)
+            through += products[0]
+            for total, product in zip(sums, products[1:]):
+                total += product
+        adjoint = adjoint + through
+        torch.autograd.backward([t for t in (images, labels) if t.requires_grad], sums)
+    return loss, step_gradient
+
+
+def student_gradient(net, student, images, labels, create_graph=False):
+    """Yield the gradient (P,) of the mean cross-entropy at parameters `student` (P,), a share for each chunk of
+    images: the shares add up to the gradient. float32 throughout: bfloat16 spoils a second derivative."""
+    if not create_graph:
+        student = student.detach().requires_grad_()
+    for x, y in zip(images.split(chunk_size(images.device)), labels.split(chunk_size(images.device))):
+        logits = functional_call(net, unflatten(net, student), x)
+        loss = F.cross_entropy(logits, y, reduction="sum") / len(images)
+        yield torch.autograd.grad(loss, student, create_graph=create_graph)[0]
+
+
+# ------------------------------------------------------------------------------------------ scoring
+
+def train_and_test(data, draw, count, lr, epochs=1000, runs=5, seed=0, side_by_side=None, augment=True):
+    """Train `runs` fresh ConvNets on a distilled set and test them (protocols.md, 3) -> list of percentages.
+
+    draw(run, index (b,), *key) -> preprocessed images (b, c, h, w) and labels of entries `index` of 0..count-1;
+    what it draws at random depends on `key`. SGD, momentum 0.9, weight decay 5e-4, batch 256, DSA on every image,
+    lr x 0.1 in the second half, the accuracy after the last epoch. On a GPU the networks train side by side."""
+    device, flip = data.device, data.flip
+    side_by_side = device.type == "cuda" if side_by_side is None else side_by_side
+    net = ConvNet(data.shape, len(data.classes)).to(device)
+    progress, result = Progress(runs * epochs, "scoring epochs"), []
+    for group in torch.arange(runs).split(runs if side_by_side else 1):
+        group = group.tolist()
+        starts = [unflatten(net, flat_parameters(seeded((seed, "score", run), ConvNet, data.shape, len(data.classes)))
+                            .to(device)) for run in group]
+        parameters = {name: torch.stack([s[name] for s in starts]).requires_grad_() for name in starts[0]}
+        optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=0.9, weight_decay=5e-4)
+        for epoch in range(epochs):
+            if epoch == (epochs + 1) // 2:
+                optimizer.param_groups[0]["lr"] = lr * 0.1
+            orders = [torch.randperm(count, generator=rng(seed, "order", run, epoch, device=device), device=device)
+                      for run in group]
+            for step in range(0, count, 256):
+                batches = []
+                for run, order in zip(group, orders):
+                    key = (seed, "score", run, epoch, step)
+                    with torch.no_grad():
+                        images, labels = draw(run, order[step:step + 256], *key)
+                        if augment:
+                            images = dsa(images, *draw_dsa(len(images), *key, device=device, flip=flip))
+                    batches.append((images, labels))
+                optimizer.zero_grad()
+                accumulate_gradient(net, parameters, *(torch.stack(part) for part in zip(*batches)))
+                optimizer.step()
+            progress(len(group))
+        for i, _ in enumerate(group):
+            one = {name: p.detach()[i] for name, p in parameters.items()}
+            result.append(accuracy(net, one, data.test, data.test_labels))
+    progress.end()
+    return result
+
+
+def score(data, distilled, draw, count, out, epochs=1000, runs=5, seed=0):
+    """Score a distilled file's set beside random real images of the same storage, print both and add a line of
+    JSON to out/results.jsonl -> that line as a dict."""
+    began = time.time()
+    lr = distilled["step_size"] or 0.01
+    found = train_and_test(data, draw, count, lr, epochs, runs, seed)
+    numbers = math.prod(data.shape)
+    same_storage = max(1, math.ceil(distilled["stored_per_class"] / numbers))
+    real = [data.random_real(same_storage, seed, "random real", run) for run in range(runs)]
+    random = train_and_test(data, lambda run, index, *key: (real[run][0][index], real[run][1][index]),
+                            len(real[0][0]), 0.01, epochs, runs, seed)
+    line = {key: distilled[key] for key in ("method", "dataset", "per_class", "stored_per_class", "network")}
+    line |= {"accuracy": np.mean(found).round(2), "std": np.std(found).round(2), "runs": runs, "epochs": epochs,
+             "random_images_per_class": same_storage,
+             "random_accuracy": np.mean(random).round(2), "random_std": np.std(random).round(2),
+             "iterations": distilled["iterations"], "experts": distilled["settings"].get("experts"),
+             "seconds": distilled["seconds"], "scoring_seconds": round(time.time() - began, 1),
+             "device": device_name(data.device), "torch": torch.__version__, "seed": distilled["seed"],
+             "scoring_seed": seed, "command": " ".join(["python", *sys.argv])}
+    print(f"{line['method']} on {line['dataset']}, {line['per_class']} a class: {line['accuracy']:.2f} +- "
+          f"{line['std']:.2f} % on the test set ({runs} networks, {epochs} epochs)\n"
+          f"random real images, {same_storage} a class (the same storage, rounded up): "
+          f"{line['random_accuracy']:.2f} +- {line['random_std']:.2f} %")
+    append_line(json.dumps(line), pathlib.Path(out) / "results.jsonl")
+    return line
+
+
+def device_name(device):
+    """"NVIDIA H100 ..." or "cpu, 4 threads"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+# ------------------------------------------------------------------------------------------ files
+
+def save(content, path):
+    """torch.save beside `path`, then rename: a kill never leaves half a file. Raises UserError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(buffer.getvalue(), path)
+
+
+def write(content, path):
+    """Write bytes beside `path`, then rename. Raises UserError where the folder or the disk refuses."""
+    path = pathlib.Path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise UserError(f"{path} cannot be written ({error.strerror}): free some space or take another folder; "
+                        "what was written before is whole") from None
+
+
+def append_line(text, path):
+    """Add one line to a text file, in one write. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): free some space or take another --out") from None
+
+
+def load(path, what):
+    """torch.load(weights_only=True) of one of our files. Raises UserError where it is missing, broken or foreign."""
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"{path} does not exist: give the path of {what}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(content, dict)
+        return content
+    except Exception:  # pickle, zip and tensors fail in many ways
+        raise UserError(f"{path} cannot be read as {what}: it is broken or another program's; "
+                        "remove it or give another file") from None
+
+
+def save_distilled(path, data, method, per_class, tensors, step_size, settings, seconds, seed):
+    """Write a distilled file: everything that is needed to use it. `tensors` {name: tensor} is what is stored and
+    counted; `step_size` is the learned learning rate or None. Raises UserError."""
+    stored = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    distilled = {
+        "format": "distilled 1", "method": method, "dataset": data.name, "classes": data.classes,
+        "shape": list(data.shape), "per_class": per_class, "stored_per_class": stored / len(data.classes),
+        "preprocess": data.preprocess.kind, "fingerprint": data.preprocess.fingerprint,
+        "augmentation": "DSA: one of colour crop cutout " + "flip " * data.flip + "scale rotate a batch",
+        "step_size": step_size, "network": f"convnet{ConvNet(data.shape, len(data.classes)).depth}",
+        "settings": settings, "iterations": settings["iterations"], "seconds": round(seconds, 1), "seed": seed,
+        "torch": torch.__version__, **{name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}}
+    save(distilled, path)
+    return distilled
+
+
+def load_distilled(path, data=None):
+    """Read a distilled file -> dict. With `data`, check that it belongs to that data set. Raises UserError."""
+    distilled = load(path, "a distilled file")
+    if distilled.get("format") != "distilled 1":
+        raise UserError(f"{path} is not a distilled file of this project: give one that mtt.py or haba.py wrote")
+    if data is not None:
+        check_fit(path, distilled, data)
+    return distilled
+
+
+def check_fit(path, distilled, data):
+    """Raise UserError where a distilled file and a data set differ in image shape, classes or preprocessing."""
+    for what, theirs, ours in (("image shape", tuple(distilled["shape"]), data.shape),
+                               ("classes", list(distilled["classes"]), data.classes),
+                               ("preprocessing", distilled["fingerprint"], data.preprocess.fingerprint)):
+        if theirs != ours:
+            theirs, ours = (str(v) if len(str(v)) < 60 else f"{len(v)} classes, {v[0]} ..." for v in (theirs, ours))
+            raise UserError(f"{path} has {what} {theirs}, the data set {data.name} has {ours}: score it on the data "
+                            "it was distilled from (--dataset, --data-dir, --size)")
+
+
+def save_picture(path, data, images, per_row):
+    """A PNG of preprocessed images (n, c, h, w), `per_row` in a row: whitening undone, clamped to [0, 1]."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+    scale = max(1, 64 // data.shape[-1])
+    pixels = data.preprocess.undo(images.detach().to(data.device)).clamp(0, 1).cpu()
+    pixels = F.interpolate(pixels, scale_factor=scale, mode="nearest")
+    buffer = io.BytesIO()
+    to_pil_image(make_grid(pixels, nrow=per_row, padding=2, pad_value=1)).save(buffer, format="PNG")
+    write(buffer.getvalue(), path)
+
+
+# ------------------------------------------------------------------------------------------ long work
+
+class Progress:
+    """A line on stderr with the count, the rate and the time left; `text` is called only when it is shown."""
+
+    def __init__(self, total, what):
+        self.total, self.what, self.done, self.fresh = total, what, 0, 0
+        self.began = self.shown = time.time()
+        self.every = 1 if sys.stderr.isatty() else 20
+
+    def skip(self, steps):
+        """Count steps that an earlier run did: they tell nothing of the rate."""
+        self.done += steps
+
+    def __call__(self, steps=1, text=lambda: ""):
+        self.done, self.fresh = self.done + steps, self.fresh + steps
+        if time.time() - self.shown >= self.every:
+            self.show(text())
+
+    def show(self, text=""):
+        self.shown = time.time()
+        rate = self.fresh / max(self.shown - self.began, 1e-9)
+        left = (self.total - self.done) / rate if rate else 0
+        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate if rate else 0:.1f} s each"
+        start, end = ("\r\x1b[K", "") if self.every == 1 else ("", "\n")
+        print(f"{start}{self.what} {self.done}/{self.total}  {speed}  {clock} left  {text}", end=end,
+              file=sys.stderr, flush=True)
+
+    def end(self):
+        """Close the line, with the time it took."""
+        if self.fresh:
+            start, end = ("\r\x1b[K", "\n") if self.every == 1 else ("", "\n")
+            print(f"{start}{self.what} {self.done}/{self.total}  done in {time.time() - self.began:.0f} s", end=end,
+                  file=sys.stderr, flush=True)
+
+
+def iterations(total, path, settings, state, watch, every=60):
+    """Yield the iteration numbers of a distillation that can be killed: `for it in iterations(...)`.
+
+    state: {name: tensor, Module or Optimizer}, read from the checkpoint `path` in place when there is one and
+    written to it every `every` seconds, at the end and on Ctrl-C (which waits for the iteration under way).
+    watch: {"loss": 0-d tensor, "seconds": float}, the caller's: the loss is looked at only when it is shown, so
+    that a GPU is not waited for; seconds of work add up over runs. Raises UserError where a checkpoint belongs to
+    other settings or the loss is not finite, and then keeps the last good checkpoint."""
+    done, spent, interrupted = 0, 0.0, []
+    if pathlib.Path(path).exists():
+        stored = load(path, "a checkpoint")
+        if stored.get("settings") != settings:
+            old = stored.get("settings") or {}
+            other = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in settings.items() if old.get(k) != v]
+            raise UserError(f"{path} is a checkpoint of other settings ({'; '.join(other) or 'more there'}): remove it "
+                            "or take another --out")
+        done, spent = stored["iteration"], stored["seconds"]
+        if done > total:
+            raise UserError(f"{path} is at iteration {done} already, past --iterations {total}: remove it or take "
+                            "another --out")
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                with torch.no_grad():
+                    value.copy_(stored["state"][name])
+            else:
+                value.load_state_dict(stored["state"][name])
+    began, saved, progress = time.time(), time.time(), Progress(total, "iterations")
+    watch["seconds"] = spent
+    progress.skip(done)
+
+    def checkpoint(iteration):
+        loss = float(watch["loss"])
+        if not math.isfinite(loss) or not all(v.isfinite().all() for v in state.values() if torch.is_tensor(v)):
+            raise UserError(f"the loss is not finite at iteration {iteration} (loss {loss}): take smaller learning "
+                            f"rates and another --out; {path} still holds the last good state if it was written")
+        kept = {name: v.detach().cpu() if torch.is_tensor(v) else v.state_dict() for name, v in state.items()}
+        watch["seconds"] = spent + time.time() - began
+        save({"settings": settings, "iteration": iteration, "seconds": watch["seconds"], "state": kept}, path)
+
+    def on_interrupt(*_):
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(True)
+        print("\nstopping after this iteration (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        for iteration in range(done, total):
+            yield iteration
+            progress(1, lambda: f"loss {float(watch['loss']):.4f}")
+            if time.time() - saved >= every or iteration + 1 == total or interrupted:
+                checkpoint(iteration + 1)
+                saved = time.time()
+            if interrupted:
+                raise UserStop(f"stopped at iteration {iteration + 1} of {total}, kept in {path}: the same command "
+                               "goes on from there")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    progress.end()
+
+
+class UserStop(Exception):
+    """Ctrl-C after a checkpoint was written; `run` prints the message and exits with status 130."""
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+def positive(text):
+    """An argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Short enough for --help to fit a screen."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=112)
+
+    def _format_usage(self, usage, actions, groups, prefix):
+        return f"usage: python {self._prog} [--flag value ...]\n\n"
+
+
+def add_arguments(parser, per_class="ipc", symbol="images a class"):
+    """The flags that every method has."""
+    add = parser.add_argument
+    add("--dataset", default="glyphs", help="glyphs (drawn here), a folder, cifar10, mnist, ... (glyphs)")
+    add("--data-dir", default="data", help="data sets, caches and experts live here (data)")
+    add("--size", type=positive, help="resize and crop a folder's pictures to a square of this side")
+    add(f"--{per_class}", type=positive, default=1, help=symbol + " (1)")
+    add("--seed", type=int, default=0, help="everything random follows from it (0)")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--out", default="out", help="folder for the distilled file, its picture, results.jsonl (out)")
+    add_scoring_arguments(parser)
+
+
+def add_scoring_arguments(parser):
+    """--runs and --epochs of a score."""
+    parser.add_argument("--runs", type=positive, default=5, help="networks trained for the score (5)")
+    parser.add_argument("--epochs", type=positive, default=1000, help="epochs of each of them (1000)")
+
+
+def add_trajectory_arguments(parser, iterations):
+    """The flags of the methods that match trajectories; what is not given comes from their tables."""
+    add = parser.add_argument
+    add("--iterations", type=positive, help=f"distillation iterations ({iterations})")
+    add("--experts", type=positive, help="expert trajectories; trained when they are missing (100)")
+    add("--student-steps", type=positive, help="N: student steps an iteration")
+    add("--expert-epochs", type=positive, help="M: expert epochs that these N steps are to match")
+    add("--max-start", type=positive, help="T+: the last epoch t that a student starts from")
+
+
+def merge_settings(settings, args):
+    """The table's settings with what the command line gives in their place."""
+    return {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in settings.items()}
+
+
+def prepare_trajectories(method, args, per_class, settings):
+    """Load data and experts -> Dataset, experts (K, E + 1, P), path of the distilled file to be."""
+    seed = f"_seed{args.seed}" if args.seed else ""
+    what = "bpc" if method == "haba" else "ipc"
+    path = pathlib.Path(args.out) / f"{method}_{pathlib.Path(args.dataset).name}_{what}{per_class}{seed}.pt"
+    probe_folder(path.parent)
+    data = load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, pick_device(args.device))
+    data.random_real(per_class)  # enough images in every class? before the hours of experts
+    epochs = settings["max_start"] + settings["expert_epochs"]
+    return data, load_experts(data, args.data_dir, settings["experts"], epochs, args.seed), path
+
+
+def probe_folder(folder):
+    """Raise UserError now, not after hours, where `folder` cannot be written."""
+    probe = pathlib.Path(folder) / f".probe{os.getpid()}"
+    write(b"", probe)
+    probe.unlink()
+
+
+def run(main):
+    """Call main() for the command line: mistakes end with one line and status 2, Ctrl-C with 130."""
+    program = pathlib.Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        sys.exit(complain(program, error, 2))
+    except UserStop as stop:
+        sys.exit(complain(program, stop, 130))
+    except KeyboardInterrupt:
+        sys.exit(complain(program, "stopped; what was finished is kept, the same command goes on", 130))
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit(complain(program, "out of memory: take fewer images a class or a larger device", 2))
+
+
+def complain(program, text, status):
+    print(f"\n{program}: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit("common.py holds what the methods share; run one of them, e.g. python haba.py --help")
