@@ -201,7 +201,7 @@ def read_folder(folder, size=None):
                 raise UserError(f"{splits[split] / name} has no pictures in it: add some or remove the folder")
             for entry in entries:
                 info = entry.stat()
-                stamp.update(f"{entry.path} {info.st_size} {info.st_mtime_ns}".encode())
+                stamp.update(f"{split} {entry.name} {info.st_size} {info.st_mtime_ns}".encode())
             files += [entry.path for entry in entries]
             labels[split] += [label] * len(entries)
     cache, stamp = folder / f".cache_{size or 'as_is'}.pt", stamp.hexdigest()
@@ -657,9 +657,8 @@ def train_and_test(data, draw, count, lr, epochs=1000, runs=5, seed=0, side_by_s
                 accumulate_gradient(net, parameters, *(torch.stack(part) for part in zip(*batches)))
                 optimizer.step()
             progress(len(group))
-        for i, _ in enumerate(group):
-            one = {name: p.detach()[i] for name, p in parameters.items()}
-            result.append(accuracy(net, one, data.test, data.test_labels))
+        result += [accuracy(net, {name: p.detach()[i] for name, p in parameters.items()}, data.test, data.test_labels)
+                   for i in range(len(group))]
     progress.end()
     return result
 
@@ -670,8 +669,8 @@ def score(data, distilled, draw, count, out, epochs=1000, runs=5, seed=0):
     began = time.time()
     lr = distilled["step_size"] or 0.01
     found = train_and_test(data, draw, count, lr, epochs, runs, seed)
-    numbers = math.prod(data.shape)
-    same_storage = max(1, math.ceil(distilled["stored_per_class"] / numbers))
+    same_storage = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
+    same_storage = min(same_storage, data.train_labels.bincount().min().item())  # a small class may have no more
     real = [data.random_real(same_storage, seed, "random real", run) for run in range(runs)]
     random = train_and_test(data, lambda run, index, *key: (real[run][0][index], real[run][1][index]),
                             len(real[0][0]), 0.01, epochs, runs, seed)
@@ -757,18 +756,16 @@ def save_distilled(path, data, method, per_class, tensors, step_size, settings, 
         "augmentation": "DSA: one of colour crop cutout " + "flip " * data.flip + "scale rotate a batch",
         "step_size": step_size, "network": f"convnet{ConvNet(data.shape, len(data.classes)).depth}",
         "settings": settings, "iterations": settings["iterations"], "seconds": round(seconds, 1), "seed": seed,
-        "torch": torch.__version__, **{name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}}
+        "torch": str(torch.__version__), **{name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}}
     save(distilled, path)
     return distilled
 
 
-def load_distilled(path, data=None):
-    """Read a distilled file -> dict. With `data`, check that it belongs to that data set. Raises UserError."""
+def load_distilled(path):
+    """Read a distilled file -> dict. Raises UserError where it is missing, broken or foreign."""
     distilled = load(path, "a distilled file")
     if distilled.get("format") != "distilled 1":
         raise UserError(f"{path} is not a distilled file of this project: give one that mtt.py or haba.py wrote")
-    if data is not None:
-        check_fit(path, distilled, data)
     return distilled
 
 
@@ -906,6 +903,13 @@ def positive(text):
     return int(text)
 
 
+def amount(text):
+    """An argparse type: a finite number of at least 0."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    return float(text)
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Short enough for --help to fit a screen."""
 
@@ -947,7 +951,8 @@ def add_trajectory_arguments(parser, iterations):
 
 def merge_settings(settings, args):
     """The table's settings with what the command line gives in their place."""
-    return {k: v if getattr(args, k, None) is None else getattr(args, k) for k, v in settings.items()}
+    given = {name: value for name, value in vars(args).items() if name in settings and value is not None}
+    return settings | given | {"size": args.size}
 
 
 def prepare_trajectories(method, args, per_class, settings):
@@ -980,7 +985,9 @@ def run(main):
         sys.exit(complain(program, stop, 130))
     except KeyboardInterrupt:
         sys.exit(complain(program, "stopped; what was finished is kept, the same command goes on", 130))
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
         sys.exit(complain(program, "out of memory: take fewer images a class or a larger device", 2))
 
 

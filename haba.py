@@ -22,15 +22,15 @@ import common
 
 METHOD = "haba"
 
-# The paper's settings (protocols.md, 4 and 5; CIFAR-100 as MTT's rows): see mtt.py for the names; lr: eta_B = eta_H.
+# The paper's settings (protocols.md, 4 and 5; CIFAR-100 as MTT's rows): see mtt.py for the names; eta_B and eta_H are lr_bases, lr_hallucinators.
 # Other budgets and data sets take the nearest row of theirs or CIFAR-10's.
 SETTINGS = {
-    ("cifar10", 1): dict(zca=True, student_steps=50, expert_epochs=2, max_start=2, lr=100., lr_step=1e-7, step_size=.01, batch=0),
-    ("cifar10", 10): dict(zca=True, student_steps=30, expert_epochs=2, max_start=20, lr=100., lr_step=1e-5, step_size=.001, batch=0),
-    ("cifar10", 50): dict(zca=True, student_steps=30, expert_epochs=2, max_start=20, lr=100., lr_step=1e-5, step_size=.01, batch=0),
-    ("cifar100", 1): dict(zca=True, student_steps=20, expert_epochs=3, max_start=20, lr=100., lr_step=1e-5, step_size=.01, batch=0),
-    ("cifar100", 10): dict(zca=True, student_steps=20, expert_epochs=2, max_start=20, lr=100., lr_step=1e-5, step_size=.01, batch=0),
-    ("cifar100", 50): dict(zca=True, student_steps=80, expert_epochs=2, max_start=40, lr=100., lr_step=1e-5, step_size=.01, batch=300),
+    ("cifar10", 1): dict(zca=True, student_steps=50, expert_epochs=2, max_start=2, lr_bases=100., lr_hallucinators=100., lr_step=1e-7, step_size=.01, batch=0),
+    ("cifar10", 10): dict(zca=True, student_steps=30, expert_epochs=2, max_start=20, lr_bases=100., lr_hallucinators=100., lr_step=1e-5, step_size=.001, batch=0),
+    ("cifar10", 50): dict(zca=True, student_steps=30, expert_epochs=2, max_start=20, lr_bases=100., lr_hallucinators=100., lr_step=1e-5, step_size=.01, batch=0),
+    ("cifar100", 1): dict(zca=True, student_steps=20, expert_epochs=3, max_start=20, lr_bases=100., lr_hallucinators=100., lr_step=1e-5, step_size=.01, batch=0),
+    ("cifar100", 10): dict(zca=True, student_steps=20, expert_epochs=2, max_start=20, lr_bases=100., lr_hallucinators=100., lr_step=1e-5, step_size=.01, batch=0),
+    ("cifar100", 50): dict(zca=True, student_steps=80, expert_epochs=2, max_start=40, lr_bases=100., lr_hallucinators=100., lr_step=1e-5, step_size=.01, batch=300),
 }
 SETTINGS[("glyphs", 1)] = SETTINGS[("cifar10", 1)] | dict(experts=6, iterations=60)  # a short run
 PAPER = dict(  # supplement Tab. 7 and Sec. 4.1
@@ -68,17 +68,19 @@ class Hallucinators(nn.Module):
 
     def forward(self, bases, which):
         """bases (B, c', h', w'), which: hallucinators' numbers, a list of J -> images (J, B, c, h, w), preprocessed.
-        Hallucinators are groups of one grouped convolution: no loop over them or over images."""
+        Hallucinators are the groups of one grouped convolution: no loop over them or over images."""
+        def pick(parameter):  # a list as an index would be copied to the GPU, which waits for it
+            return torch.cat([parameter[j] for j in which])
+
         def convolve(x, block):
-            return F.conv2d(x, block["weight"][which].flatten(0, 1), block["bias"][which].flatten(), padding=1,
-                            groups=len(which))
+            return F.conv2d(x, pick(block["weight"]), pick(block["bias"]), padding=1, groups=len(which))
 
         if bases.shape[2:] != tuple(self.shape[1:]):
             bases = F.interpolate(bases, self.shape[1:], mode="bilinear")
         x = bases.repeat(1, len(which), 1, 1)                                         # (B, J * c', h, w)
         for block in self.encoder:                                                    # f = enc(x)           Eq. (2)
             x = F.relu(convolve(x, block))
-        x = x * self.scale[which].flatten(0, 1) + self.shift[which].flatten(0, 1)     # f~ = sigma * f + mu  Eq. (2)
+        x = pick(self.scale) * x + pick(self.shift)                                   # f~ = sigma * f + mu  Eq. (2)
         for i, block in enumerate(self.decoder):                                      # x~ = dec(f~)         Eq. (2)
             x = convolve(F.relu(x) if i else x, block)
         return x.unflatten(1, (len(which), -1)).transpose(0, 1)
@@ -130,8 +132,10 @@ def distill(data, bpc, settings, seed, experts, checkpoint):
     student = common.ConvNet(data.shape, classes).to(device)
     step_size = torch.tensor(settings["step_size"], device=device, requires_grad=True)
 
-    factors = [bases, *hallucinators.parameters()] + [soft_labels] * settings["learn_labels"]
-    of_factors = torch.optim.SGD(factors, lr=settings["lr"], momentum=0.95)
+    own_bases = [bases] + [soft_labels] * settings["learn_labels"]
+    factors = own_bases + list(hallucinators.parameters())
+    of_factors = torch.optim.SGD([{"params": own_bases, "lr": settings["lr_bases"]},
+                                  {"params": hallucinators.parameters(), "lr": settings["lr_hallucinators"]}], momentum=0.95)
     of_step = torch.optim.SGD([step_size], lr=settings["lr_step"], momentum=0.9)
     of_adversary = torch.optim.SGD(adversary.parameters(), lr=0.001, momentum=0.9)  # eta_F
     state = {"bases": bases, "soft_labels": soft_labels, "hallucinators": hallucinators, "adversary": adversary,
@@ -215,8 +219,12 @@ def sampler(distilled, device):
 
 
 def picture(path, data, distilled):
-    """One row a basis, up to three a class: the basis, then what each hallucinator makes of it (paper Fig. 4)."""
+    """One row a basis, up to three a class: the basis, then what each hallucinator makes of it (paper Fig. 4). The
+    network's norm takes brightness and contrast out, so they are free and drift: for the eye, each hallucinator's
+    images are brought to the mean and deviation of the real ones, channel by channel."""
     images, _ = hallucinate(distilled, data.device)
+    mean, std = (getattr(data.train[:1000], stat)((0, 2, 3), keepdim=True) for stat in ("mean", "std"))
+    images = (images - images.mean((1, 3, 4), keepdim=True)) / (images.std((1, 3, 4), keepdim=True) + 1e-6) * std + mean
     bases = F.interpolate(distilled["bases"].to(data.device), data.shape[1:], mode="bilinear")
     bases = bases if bases.shape[1] == data.shape[0] else bases.mean(1, keepdim=True).expand(-1, data.shape[0], -1, -1)
     rows = torch.cat([bases[None], images]).transpose(0, 1)                           # (|B|, 1 + |H|, c, h, w)
@@ -235,11 +243,12 @@ def main():
     add("--channels", type=common.positive, help="c'': channels inside a hallucinator (as an image)")
     add("--basis-channels", type=common.positive, help="c': channels of a basis (as an image)")
     add("--basis-size", type=common.positive, help="h' = w': side of a basis (as an image)")
-    add("--lr", type=float, help="eta_B, eta_H: learning rate of bases and hallucinators (100)")
-    add("--weight-dd", type=float, help="lambda_DD: weight of trajectory matching, Eq. 6 (1)")
-    add("--weight-cos", type=float, help="lambda_cos: weight of the cosine term, Eq. 6 (0.1)")
-    add("--weight-con", type=float, help="lambda_con: weight of the contrastive loss of F, Eq. 4 (0.1)")
-    add("--weight-task", type=float, help="lambda_task: weight of cross-entropy of F, Eq. 4 (1)")
+    add("--lr-bases", type=common.amount, help="eta_B: learning rate of the bases (100)")
+    add("--lr-hallucinators", type=common.amount, help="eta_H: learning rate of the hallucinators (100)")
+    add("--weight-dd", type=common.amount, help="lambda_DD: weight of trajectory matching, Eq. 6 (1)")
+    add("--weight-cos", type=common.amount, help="lambda_cos: weight of the cosine term, Eq. 6 (0.1)")
+    add("--weight-con", type=common.amount, help="lambda_con: weight of the contrastive loss of F, Eq. 4 (0.1)")
+    add("--weight-task", type=common.amount, help="lambda_task: weight of cross-entropy of F, Eq. 4 (1)")
     add("--learn-labels", action="store_true", default=None, help="learn y^ as well: Alg. 1, line 12, optional (off)")
     args = parser.parse_args()
     settings = common.merge_settings(PAPER | common.settings_for(SETTINGS, args.dataset, args.bpc), args)

@@ -83,7 +83,7 @@ def main():
                                      formatter_class=common.HelpFormatter)
     common.add_arguments(parser, "ipc", "synthetic images a class")
     common.add_trajectory_arguments(parser, "5000")
-    parser.add_argument("--lr-images", type=float, help="learning rate of the pixels")
+    parser.add_argument("--lr-images", type=common.amount, help="learning rate of the pixels")
     args = parser.parse_args()
     settings = common.merge_settings(PAPER | common.settings_for(SETTINGS, args.dataset, args.ipc), args)
 
