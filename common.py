@@ -71,21 +71,21 @@ def chunk_size(device):
 
 
 def autocast(device):
-    """bfloat16 convolutions where the CPU has the instructions (1.9 times faster here); float32 elsewhere."""
+    """bfloat16 convolutions where the CPU has the instructions (1.9 times faster); float32, or TF32, elsewhere."""
     fast = torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast("cpu", torch.bfloat16) if fast else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------------------ data
 
-STATS = {  # mean and standard deviation per channel, as published with MTT and DM (protocols.md, 1)
+STATS = {  # mean and standard deviation per channel, as published with MTT and DM (the README's "Protocols")
     "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010)),
     "cifar100": ((.5071, .4866, .4409), (.2673, .2564, .2762)),
     "svhn": ((.4377, .4438, .4728), (.1980, .2010, .1970)),
     "mnist": ((.1307,), (.3081,)),
     "fashionmnist": ((.2861,), (.3530,)),
 }
-NO_FLIP = ("mnist", "fashionmnist", "svhn")  # digits and letters change their meaning in a mirror
+NO_FLIP = ("mnist", "fashionmnist", "svhn")  # by the authors' custom: digits change their meaning in a mirror
 
 
 @dataclasses.dataclass
@@ -344,10 +344,11 @@ class Preprocess:
         return cls(kind, fingerprint, mean.float(), None, whiten.float(), restore.float())
 
     def __call__(self, pixels):
-        """uint8 pixels (n, c, h, w) -> preprocessed float32 images."""
+        """Pixels (n, c, h, w), uint8 or floats in [0, 1] -> preprocessed float32 images."""
+        top = 1 if pixels.is_floating_point() else 255
         if self.kind == "standardise":
-            return (pixels / 255 - self.mean) / self.std
-        return torch.cat([((p / 255 - self.mean).flatten(1) @ self.whiten).view_as(p) for p in pixels.split(4096)])
+            return (pixels / top - self.mean) / self.std
+        return torch.cat([((p / top - self.mean).flatten(1) @ self.whiten).view_as(p) for p in pixels.split(4096)])
 
     def undo(self, images):
         """Preprocessed images -> pixels in [0, 1] (not clamped): for pictures."""
@@ -374,7 +375,7 @@ def draw_dsa(count, *key, device="cpu", flip=True):
 
 def dsa(images, name, u):
     """Differentiable augmentation (DSA, Zhao & Bilen 2021): transform `name` with parameters u (n or 1, 3) from
-    draw_dsa, applied to images (n, c, h, w); ranges as in protocols.md, 2. Gradients reach the images."""
+    draw_dsa, applied to images (n, c, h, w); ranges as in see the README. Gradients reach the images."""
     n, _, h, w = images.shape
     if name == "flip":
         return torch.where(u[:, 0].view(-1, 1, 1, 1) < .5, images.flip(3), images)
@@ -544,6 +545,7 @@ def draw_start(experts, settings, *key):
     t = hash_int((*key, "start")) % (settings["max_start"] + 1)
     return expert[t], expert[t + settings["expert_epochs"]]
 
+
 def identity(method, data, per_class, settings, seed, experts=None):
     """What has to be equal for a checkpoint to be continued. More iterations of the same thing may be."""
     same = {k: v for k, v in settings.items() if k != "iterations"}
@@ -563,7 +565,8 @@ def settings_for(table, dataset, per_class):
 
 
 def student_batch(count, batch, step, *key, device="cpu"):
-    """Indices of the synthetic images of student step `step`: all, or `batch` of a shuffled pass over them."""
+    """Indices of the synthetic images of student step `step`: all, or `batch` of a shuffled pass over them, in which
+    those that do not fill a batch are left out."""
     if not 0 < batch < count:
         return torch.arange(count, device=device)
     per_pass = count // batch
@@ -592,7 +595,7 @@ def match_trajectory(net, start, target, step_size, batch, steps):
     step_gradient = torch.zeros_like(loss)
     for n in reversed(range(steps)):
         images, labels = batch(n)
-        student = students.pop(n).requires_grad_()
+        student = students.pop(n).detach().requires_grad_()  # the caller's `start` stays as it is
         leaves = [tensor.detach().requires_grad_() for tensor in (images, labels) if tensor.requires_grad]
         x = leaves[0] if images.requires_grad else images
         y = leaves[-1] if labels.requires_grad else labels
@@ -612,7 +615,7 @@ def match_trajectory(net, start, target, step_size, batch, steps):
 
 def student_gradient(net, student, images, labels, create_graph=False):
     """Yield the gradient (P,) of the mean cross-entropy at parameters `student` (P,), a share for each chunk of
-    images: the shares add up to the gradient. float32 throughout: bfloat16 spoils a second derivative."""
+    images: the shares add up to the gradient. No bfloat16 here; on a GPU convolutions take TF32."""
     if not create_graph:
         student = student.detach().requires_grad_()
     for x, y in zip(images.split(chunk_size(images.device)), labels.split(chunk_size(images.device))):
@@ -621,14 +624,100 @@ def student_gradient(net, student, images, labels, create_graph=False):
         yield torch.autograd.grad(loss, student, create_graph=create_graph)[0]
 
 
+# ------------------------------------------------------------------------------------------ distribution matching
+
+@torch.no_grad()
+def start_anew(net, *key):
+    """Give `net` the random parameters that depend on `key` alone, as torch's layers start: uniform in
+    +-1 / sqrt(fan-in), norms at 1 and 0. Drawn on net's device, so nothing is copied to it; -> net."""
+    generator = rng(*key, device=next(net.parameters()).device)
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            bound = layer.weight[0].numel() ** -0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            layer.bias.uniform_(-bound, bound, generator=generator)
+        elif isinstance(layer, nn.GroupNorm):
+            layer.reset_parameters()
+    return net
+
+
+def class_members(data):
+    """Which training images belong to each class: indices (C, largest class) in which a shorter class repeats -1 at
+    its end, and the size of the smallest class."""
+    members = [torch.nonzero(data.train_labels == label)[:, 0] for label in range(len(data.classes))]
+    padded = nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
+    return padded, min(len(m) for m in members)
+
+
+def draw_members(members, per_class, *key):
+    """`per_class` different training images of every class, at most the smallest class's size -> indices
+    (C * per_class,) in class order, drawn on the device."""
+    score = torch.rand(members.shape, generator=rng(*key, device=members.device), device=members.device)
+    return members.gather(1, score.masked_fill(members < 0, -1).topk(per_class).indices).flatten()
+
+
+@torch.no_grad()
+def mean_features(net, images, labels, classes, draw=None, half=True):
+    """Mean over each class of net's features of images (n, c, h, w) -> (C, F) float32; no graph, in chunks, in
+    bfloat16 where `autocast` has it and `half`. draw: a Siamese draw of `draw_dsa` for all of them."""
+    sums, each = 0, torch.arange(classes, device=labels.device)[:, None]
+    for x, y in zip(images.split(chunk_size(images.device)), labels.split(chunk_size(images.device))):
+        with autocast(images.device) if half else contextlib.nullcontext():
+            features = net.features(dsa(x, *draw) if draw else x)
+        sums = sums + (each == y).float() @ features.float()
+    return sums / (each == labels).sum(1, keepdim=True)
+
+
+def match_means(net, real, images, part=None, half=False, room=2048):
+    """Compare class means of features, and differentiate, with the memory of a few chunks.
+
+    real (C, F): means to reach. images (C * n, c, h, w) in class order, n a class; the graph they hang on is left
+    alone. -> (squared distance of the means of every class (C,), gradient of its sum with respect to `images`).
+    part (C * m, c, h, w): some of them, m a class, in class order: the means are over all `images`, the gradient is
+    with respect to `part` alone, times n / m: unbiased when they are drawn uniformly (KFS, Sec. 3.2).
+    The gradient at an image's features is known once the means are, so each chunk goes back on its own; the graphs
+    of the first `room` images are kept from the way forth, the others are computed again."""
+    size, values, kept = chunk_size(images.device), [], []
+
+    def features(x):
+        with autocast(x.device) if half else contextlib.nullcontext():
+            return net.features(x).float()
+
+    for x in images.detach().split(size):
+        if part is None and len(kept) * size < room:
+            x = x.detach().requires_grad_()
+            kept.append((x, features(x)))
+            values.append(kept[-1][1].detach())
+        else:
+            with torch.no_grad():
+                values.append(features(x))
+    gap = torch.cat(values).unflatten(0, (len(real), -1)).mean(1) - real
+    part = images if part is None else part
+    # d ||gap_c||^2 / d the features of one of n images = 2 gap_c / n; n / m times that for a part: 2 gap_c / m
+    m, gradient = len(part) // len(real), []
+    for x, adjoint in zip(part.detach().split(size), (2 / m * gap).repeat_interleave(m, 0).split(size)):
+        if kept:
+            x, value = kept.pop(0)
+        else:
+            x = x.detach().requires_grad_()
+            value = features(x)
+        gradient.append(torch.autograd.grad(value, x, adjoint)[0])
+    return gap.square().sum(1), torch.cat(gradient)
+
+
 # ------------------------------------------------------------------------------------------ scoring
 
-def train_and_test(data, draw, count, lr, epochs=1000, runs=5, seed=0, side_by_side=None, augment=True):
-    """Train `runs` fresh ConvNets on a distilled set and test them (protocols.md, 3) -> list of percentages.
+PROTOCOL = dict(epochs=1000, drops=((1 / 2, 0.1),))  # drops: (share of the epochs, factor of the learning rate)
+
+
+def train_and_test(data, draw, count, lr, epochs=1000, runs=5, seed=0, side_by_side=None, augment=True,
+                   drops=PROTOCOL["drops"]):
+    """Train `runs` fresh ConvNets on a distilled set and test them (the README, "Protocols") -> list of percentages.
 
     draw(run, index (b,), *key) -> preprocessed images (b, c, h, w) and labels of entries `index` of 0..count-1;
     what it draws at random depends on `key`. SGD, momentum 0.9, weight decay 5e-4, batch 256, DSA on every image,
-    lr x 0.1 in the second half, the accuracy after the last epoch. On a GPU the networks train side by side."""
+    lr x 0.1 in the second half (or as `drops` say), the accuracy after the last epoch. On a GPU the networks train
+    side by side."""
     device, flip = data.device, data.flip
     side_by_side = device.type == "cuda" if side_by_side is None else side_by_side
     net = ConvNet(data.shape, len(data.classes)).to(device)
@@ -640,8 +729,8 @@ def train_and_test(data, draw, count, lr, epochs=1000, runs=5, seed=0, side_by_s
         parameters = {name: torch.stack([s[name] for s in starts]).requires_grad_() for name in starts[0]}
         optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=0.9, weight_decay=5e-4)
         for epoch in range(epochs):
-            if epoch == (epochs + 1) // 2:
-                optimizer.param_groups[0]["lr"] = lr * 0.1
+            optimizer.param_groups[0]["lr"] = lr * math.prod(
+                factor for share, factor in drops if epoch >= math.ceil(share * epochs - 1e-9))
             orders = [torch.randperm(count, generator=rng(seed, "order", run, epoch, device=device), device=device)
                       for run in group]
             for step in range(0, count, 256):
@@ -663,21 +752,24 @@ def train_and_test(data, draw, count, lr, epochs=1000, runs=5, seed=0, side_by_s
     return result
 
 
-def score(data, distilled, draw, count, out, epochs=1000, runs=5, seed=0):
+def score(data, distilled, draw, count, out, epochs=None, runs=5, seed=0, protocol=PROTOCOL):
     """Score a distilled file's set beside random real images of the same storage, print both and add a line of
-    JSON to out/results.jsonl -> that line as a dict."""
+    JSON to out/results.jsonl -> that line as a dict. `protocol` is the method's; random images always get
+    PROTOCOL's drops and, with `epochs` in place of the method's, the same share of PROTOCOL's epochs."""
     began = time.time()
-    lr = distilled["step_size"] or 0.01
-    found = train_and_test(data, draw, count, lr, epochs, runs, seed)
+    lr, epochs = distilled["step_size"] or 0.01, epochs or protocol["epochs"]
+    random_epochs = max(1, round(epochs * PROTOCOL["epochs"] / protocol["epochs"]))
+    found = train_and_test(data, draw, count, lr, epochs, runs, seed, drops=protocol["drops"])
     same_storage = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
     same_storage = min(same_storage, data.train_labels.bincount().min().item())  # a small class may have no more
     real = [data.random_real(same_storage, seed, "random real", run) for run in range(runs)]
     random = train_and_test(data, lambda run, index, *key: (real[run][0][index], real[run][1][index]),
-                            len(real[0][0]), 0.01, epochs, runs, seed)
+                            len(real[0][0]), 0.01, random_epochs, runs, seed)
     line = {key: distilled[key] for key in ("method", "dataset", "per_class", "stored_per_class", "network")}
     line |= {"accuracy": np.mean(found).round(2), "std": np.std(found).round(2), "runs": runs, "epochs": epochs,
              "random_images_per_class": same_storage,
              "random_accuracy": np.mean(random).round(2), "random_std": np.std(random).round(2),
+             "random_epochs": random_epochs,
              "iterations": distilled["iterations"], "experts": distilled["settings"].get("experts"),
              "seconds": distilled["seconds"], "scoring_seconds": round(time.time() - began, 1),
              "device": device_name(data.device), "torch": torch.__version__, "seed": distilled["seed"],
@@ -749,10 +841,13 @@ def save_distilled(path, data, method, per_class, tensors, step_size, settings, 
     """Write a distilled file: everything that is needed to use it. `tensors` {name: tensor} is what is stored and
     counted; `step_size` is the learned learning rate or None. Raises UserError."""
     stored = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    constants = (None, None) if data.preprocess.kind == "zca" else (
+        v.flatten().tolist() for v in (data.preprocess.mean, data.preprocess.std))
     distilled = {
         "format": "distilled 1", "method": method, "dataset": data.name, "classes": data.classes,
         "shape": list(data.shape), "per_class": per_class, "stored_per_class": stored / len(data.classes),
         "preprocess": data.preprocess.kind, "fingerprint": data.preprocess.fingerprint,
+        **dict(zip(("mean", "std"), constants)),
         "augmentation": "DSA: one of colour crop cutout " + "flip " * data.flip + "scale rotate a batch",
         "step_size": step_size, "network": f"convnet{ConvNet(data.shape, len(data.classes)).depth}",
         "settings": settings, "iterations": settings["iterations"], "seconds": round(seconds, 1), "seed": seed,
@@ -764,8 +859,10 @@ def save_distilled(path, data, method, per_class, tensors, step_size, settings, 
 def load_distilled(path):
     """Read a distilled file -> dict. Raises UserError where it is missing, broken or foreign."""
     distilled = load(path, "a distilled file")
-    if distilled.get("format") != "distilled 1":
-        raise UserError(f"{path} is not a distilled file of this project: give one that mtt.py or haba.py wrote")
+    needed = {"method", "dataset", "classes", "shape", "per_class", "stored_per_class", "preprocess", "fingerprint",
+              "step_size", "network", "settings", "iterations", "seconds", "seed"}
+    if distilled.get("format") != "distilled 1" or not needed <= distilled.keys():
+        raise UserError(f"{path} is not a distilled file of this project: give one that mtt.py, haba.py, ... wrote")
     return distilled
 
 
@@ -861,7 +958,9 @@ def iterations(total, path, settings, state, watch, every=60):
 
     def checkpoint(iteration):
         loss = float(watch["loss"])
-        if not math.isfinite(loss) or not all(v.isfinite().all() for v in state.values() if torch.is_tensor(v)):
+        learned = [t for v in state.values() if not isinstance(v, torch.optim.Optimizer)
+                   for t in (v.parameters() if isinstance(v, nn.Module) else [v])]
+        if not math.isfinite(loss) or not all(t.isfinite().all() for t in learned):
             raise UserError(f"the loss is not finite at iteration {iteration} (loss {loss}): take smaller learning "
                             f"rates and another --out; {path} still holds the last good state if it was written")
         kept = {name: v.detach().cpu() if torch.is_tensor(v) else v.state_dict() for name, v in state.items()}
@@ -904,9 +1003,9 @@ def positive(text):
 
 
 def amount(text):
-    """An argparse type: a finite number of at least 0."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    """An argparse type: a number from 0 to what float32 holds."""
+    if not 0 <= float(text) <= 1e30:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1e30")
     return float(text)
 
 
@@ -936,7 +1035,7 @@ def add_arguments(parser, per_class="ipc", symbol="images a class"):
 def add_scoring_arguments(parser):
     """--runs and --epochs of a score."""
     parser.add_argument("--runs", type=positive, default=5, help="networks trained for the score (5)")
-    parser.add_argument("--epochs", type=positive, default=1000, help="epochs of each of them (1000)")
+    parser.add_argument("--epochs", type=positive, help="epochs of each of them (1000; KFS: 200)")
 
 
 def add_trajectory_arguments(parser, iterations):

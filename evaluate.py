@@ -2,7 +2,7 @@
 
     python evaluate.py out/haba_cifar10_bpc9.pt --data-dir data
 
-Protocol (../shared/protocols.md, 3; the papers' own): five fresh ConvNets, 1000 epochs, the accuracy after the last
+Protocol (the papers' own): five fresh ConvNets, 1000 epochs, the accuracy after the last
 epoch, mean and standard deviation; beside it the same protocol on random real images of the same storage. The
 data set and its preprocessing have to be those that the file was distilled from. A line of JSON goes to
 OUT/results.jsonl. The same file, seed and machine give the same number to the last digit on a CPU.
@@ -13,7 +13,7 @@ import pathlib
 
 import common
 
-METHODS = ("mtt", "haba")
+METHODS = ("mtt", "haba", "dm", "kfs")
 
 
 def main():
@@ -36,7 +36,8 @@ def main():
     common.check_fit(args.file, distilled, data)
     method = importlib.import_module(distilled["method"])  # its sampler turns what is stored into training images
     out = args.out or pathlib.Path(args.file).parent
-    common.score(data, distilled, *method.sampler(distilled, data.device), out, args.epochs, args.runs, args.seed)
+    common.score(data, distilled, *method.sampler(distilled, data.device), out, args.epochs, args.runs, args.seed,
+                 getattr(method, "PROTOCOL", common.PROTOCOL))
 
 
 if __name__ == "__main__":

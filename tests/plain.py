@@ -1,4 +1,6 @@
 """The trajectory match written plainly, for tests to compare with: autograd keeps the graph of all steps."""
+import pathlib
+import re
 import resource
 import sys
 
@@ -34,6 +36,9 @@ def peak(way, images, steps):
     step_size = torch.tensor(0.01, requires_grad=True)
     {"ours": common.match_trajectory, "plain": plain_match}[way](
         net, start, start + 0.01, step_size, lambda n: (x, y), steps)
+    status = pathlib.Path("/proc/self/status")  # on Linux ru_maxrss starts from the parent's: pytest's
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -93,15 +93,17 @@ def test_unroll_adds_to_grad():
 
 
 def peak(way, images, steps):
+    """Peak memory in MB of one match in a process of its own; glibc gives freed blocks back at once, so that its
+    heap's fragmentation, 8 to 20 % by chance, is not measured."""
     script = pathlib.Path(__file__).with_name("plain.py")
     result = subprocess.run([sys.executable, script, ROOT, way, str(images), str(steps)], text=True, check=True,
-                            capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "8000000"})
     return float(result.stdout)
 
 
 def test_unroll_memory():
     """Peak memory of 50 student steps is within 10 % of that of 10; autograd's is not, even for 10 and 2."""
-    assert peak("ours", 32, 50) <= 1.1 * peak("ours", 32, 10)
+    assert peak("ours", 20, 50) <= 1.1 * peak("ours", 20, 10)
     assert peak("plain", 8, 10) > 1.3 * peak("plain", 8, 2)
 
 
@@ -122,7 +124,8 @@ def test_parameter_counts():
         return sum(p.numel() for p in module.parameters())
 
     assert count(common.ConvNet((3, 32, 32), 10)) == 320010
-    for channels, depth, expected in ((3, 0, 6144), (3, 1, 6312), (8, 1, 16827), (16, 1, 33651)):
+    for channels, depth, expected in ((3, 0, 6144), (3, 1, 6312), (8, 1, 16827), (16, 1, 33651),
+                                      (None, 0, 6144), (None, 1, 6312), (None, 2, 10963), (None, 3, 16131)):
         assert count(haba.Hallucinators(1, (3, 32, 32), (3, 32, 32), channels, depth)) == expected
         assert count(haba.Hallucinators(4, (3, 32, 32), (3, 32, 32), channels, depth)) == 4 * expected
 
@@ -149,7 +152,7 @@ def test_instance_norm():
 
 
 @pytest.mark.parametrize("depth, basis_shape, channels", ((0, (3, 16, 16), 3), (1, (3, 16, 16), 3), (1, (1, 16, 16), 8),
-                                                          (2, (3, 8, 8), 5)))
+                                                          (2, (3, 8, 8), 5), (3, (3, 16, 16), 4)))
 def test_hallucinators_side_by_side(depth, basis_shape, channels):
     """The grouped convolution against each hallucinator alone, Eq. (2) with nn.functional.conv2d."""
     torch.manual_seed(0)
@@ -160,11 +163,14 @@ def test_hallucinators_side_by_side(depth, basis_shape, channels):
     assert images.shape == (4, 5, 3, 16, 16)
     for row, j in zip(images, which):
         x = F.interpolate(bases, (16, 16), mode="bilinear") if basis_shape[1] == 8 else bases
-        for block in model.encoder:
+        for i, block in enumerate(model.encoder):
+            if i:  # half the side between blocks: means of 2x2 pixels
+                x = (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
             x = F.conv2d(x, block["weight"][j], block["bias"][j], padding=1).relu()
         x = model.scale[j] * x + model.shift[j]
         for i, block in enumerate(model.decoder):
-            x = F.conv2d(x.relu() if i else x, block["weight"][j], block["bias"][j], padding=1)
+            x = x.relu().repeat_interleave(2, 2).repeat_interleave(2, 3) if i else x
+            x = F.conv2d(x, block["weight"][j], block["bias"][j], padding=1)
         assert torch.allclose(row, x, atol=1e-5)
 
 
@@ -212,11 +218,11 @@ def test_cosine_loss():
     assert haba.cosine_loss(f).item() == pytest.approx(total / (3 * 3 * 5), rel=1e-9)
 
 
-def test_two_of():
+def test_draw_pair():
     """Each iteration's two hallucinators differ, and every pair comes up; one hallucinator: it alone."""
-    pairs = [tuple(haba.two_of(4, 0, it)) for it in range(400)]
+    pairs = [tuple(haba.draw_pair(4, 0, it)) for it in range(400)]
     assert set(pairs) == {(j, k) for j in range(4) for k in range(4) if j != k}
-    assert haba.two_of(1, 0, 5) == [0]
+    assert haba.draw_pair(1, 0, 5) == [0]
 
 
 # ------------------------------------------------------------------------------------------ preprocessing
@@ -324,8 +330,10 @@ def test_dsa_colour():
     grey, level = images.mean(1, keepdim=True), images.mean((1, 2, 3), keepdim=True)
     for u in (0., .1, .99):
         assert torch.allclose(common.dsa(images, "colour", uniform(2, u, .5, .5)), images + (u - .5) * 1.0, atol=1e-5)
-        assert torch.allclose(common.dsa(images, "colour", uniform(2, .5, u, .5)), grey + (images - grey) * u * 2.0, atol=1e-5)
-        assert torch.allclose(common.dsa(images, "colour", uniform(2, .5, .5, u)), level + (images - level) * (u + .5), atol=1e-5)
+        assert torch.allclose(common.dsa(images, "colour", uniform(2, .5, u, .5)), grey + (images - grey) * u * 2.0,
+                              atol=1e-5)
+        assert torch.allclose(common.dsa(images, "colour", uniform(2, .5, .5, u)), level + (images - level) * (u + .5),
+                              atol=1e-5)
     bright = images + .3
     grey = bright.mean(1, keepdim=True)
     coloured = grey + (bright - grey) * .6
@@ -431,9 +439,18 @@ def test_score_side_by_side(small_data, exact):
     assert len(set(one_by_one)) > 1 and min(one_by_one) > 40  # three networks, and they learn
 
 
-def test_score_is_sgd(small_data, exact, monkeypatch):
+@pytest.fixture
+def double():
+    """New tensors and networks in float64: what matters shows above the rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_score_is_sgd(small_data, exact, double, monkeypatch):
     """train_and_test against a plain loop with nn.Module and torch.optim.SGD: momentum 0.9, weight decay 5e-4, mean
     cross-entropy over batches of 256 of a shuffled epoch, lr x 0.1 in the second half, the last network tested."""
+    small_data.train, small_data.test = small_data.train.double(), small_data.test.double()
     small_data.train, small_data.train_labels = small_data.train.repeat(5, 1, 1, 1), small_data.train_labels.repeat(5)
     seen, kept, accuracy = {}, [], common.accuracy
     monkeypatch.setattr(common, "accuracy", lambda net, p, *rest: kept.append(p) or accuracy(net, p, *rest))
@@ -449,8 +466,8 @@ def test_score_is_sgd(small_data, exact, monkeypatch):
             optimizer.zero_grad()
             F.cross_entropy(net(small_data.train[index]), small_data.train_labels[index]).backward()
             optimizer.step()
-        for name, p in net.named_parameters():
-            assert torch.allclose(p, kept[run][name], rtol=1e-3, atol=1e-5), name
+        flat = torch.cat([kept[run][name].flatten() for name, _ in net.named_parameters()])
+        assert relative(flat, common.flat_parameters(net)) < 1e-6  # without weight decay: 3e-5
         right = (net(small_data.test).argmax(1) == small_data.test_labels).float().mean().item()
         assert found[run] == pytest.approx(100 * right, abs=1.2)
 
