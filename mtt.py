@@ -37,7 +37,8 @@ SETTINGS = {
     ("tinyimagenet", 1): ROW | dict(zca=False, student_steps=10, max_start=10, lr_images=1e4, lr_step=1e-4),
     ("tinyimagenet", 10): ROW | dict(zca=False, max_start=40, lr_images=1e4, lr_step=1e-4, batch=200),
 }
-SETTINGS[("glyphs", 1)] = SETTINGS[("cifar10", 1)] | dict(experts=6, iterations=60)  # a short run
+SETTINGS[("glyphs", 1)] = SETTINGS[("cifar10", 1)] | dict(  # a short run
+    experts=3, iterations=80, student_steps=30, expert_epochs=4, max_start=6)
 PAPER = dict(experts=100, iterations=5000)
 
 

@@ -119,7 +119,7 @@ def test_student_batch(batch):
 # ------------------------------------------------------------------------------------------ networks
 
 def test_parameter_counts():
-    """320,010 for the ConvNet (protocols.md, 1); hallucinators as in the supplement's Tab. 3 and 4."""
+    """320,010 for the ConvNet; hallucinators as in the supplement's Tab. 3 and 4."""
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
@@ -133,7 +133,7 @@ def test_parameter_counts():
 @pytest.mark.parametrize("shape, depth", (((1, 28, 28), 3), ((3, 32, 32), 3), ((1, 32, 32), 3), ((3, 64, 64), 4),
                                           ((3, 128, 128), 5)))
 def test_convnet_shapes(shape, depth):
-    """Depth by size as protocols.md says, 4x4 maps at the end, one logit a class; 28x28 digits become 32x32 maps."""
+    """Depth by size as the README says, 4x4 maps at the end, one logit a class; 28x28 digits become 32x32 maps."""
     net = common.ConvNet(shape, 7)
     assert net.depth == depth and sum(isinstance(m, torch.nn.Conv2d) for m in net.modules()) == depth
     images = torch.randn(2, *shape)
@@ -234,7 +234,7 @@ def correlated_pixels(n=400):
 
 
 def test_zca(tmp_path):
-    """The whitened training data's covariance is s / (s + 0.1) in the eigenbasis (protocols.md, 1); undo brings
+    """The whitened training data's covariance is s / (s + 0.1) in the eigenbasis; undo brings
     pixels back; the cache gives the same without another eigendecomposition."""
     pixels = correlated_pixels()
     fitted = common.Preprocess.fit("noise", pixels, True, tmp_path)
@@ -325,7 +325,7 @@ def test_dsa_gradient(name):
 
 
 def test_dsa_colour():
-    """Brightness, saturation and contrast at given u against protocols.md, 2, in that order."""
+    """Brightness, saturation and contrast at given u against the README, in that order."""
     images = torch.randn(2, 3, 32, 32)
     grey, level = images.mean(1, keepdim=True), images.mean((1, 2, 3), keepdim=True)
     for u in (0., .1, .99):
@@ -406,7 +406,7 @@ def test_dsa_rotate():
 
 @pytest.mark.parametrize("name, flips", (("mnist", False), ("fashionmnist", False), ("svhn", False), ("noise", True)))
 def test_no_flip_for_digits(name, flips, small_data, monkeypatch):
-    """Experts and scored networks of MNIST, FashionMNIST and SVHN never see a flip (protocols.md, 2)."""
+    """Experts and scored networks of MNIST, FashionMNIST and SVHN never see a flip."""
     small_data.name, seen = name, set()
     monkeypatch.setattr(common, "dsa", lambda images, kind, u: seen.add(kind) or images)
     list(common.expert_epochs(small_data, common.ConvNet(small_data.shape, 3), None, 40, ("expert",)))
