@@ -12,7 +12,7 @@ A is one random draw of DSA, the same for real and synthetic images (Siamese). p
 linear layer. The network's norm does not mix images, so all classes go through it together and nothing changes.
 Used afterwards, the images train a fresh network with DSA and learning rate 0.01.
 
-Measured: see the README's table.
+Measured: not yet.
 """
 import argparse
 import pathlib

@@ -10,7 +10,8 @@ steps on hallucinated images should arrive where an expert on the real set arriv
 adversary F keeps the hallucinators apart: F learns features in which the images of one basis look alike (Eq. 3, 4),
 bases and hallucinators make them differ (Eq. 5).
 
-Measured: see the README's table.
+Measured (short run, no paper budget): 44.5 +- 1.3 % on CIFAR-10 with --bpc 1 --experts 8 --lr-hallucinators 1
+--iterations 250; the paper has 48.3 after 15,000. See the README.
 """
 import argparse
 

@@ -15,7 +15,7 @@ A sample of the synthetic images in the second mean gives a biased gradient (Eq.
 the first a noisy one (Eq. 3); --sample-decoders and --batch-real do both, to see the effect (Fig. 7).
 Used afterwards, codes are decoded as they are needed and train a fresh network for 200 epochs of M x D images a class.
 
-Measured: see the README's table.
+Measured: not yet.
 """
 import argparse
 import math
