@@ -375,7 +375,7 @@ def draw_dsa(count, *key, device="cpu", flip=True):
 
 def dsa(images, name, u):
     """Differentiable augmentation (DSA, Zhao & Bilen 2021): transform `name` with parameters u (n or 1, 3) from
-    draw_dsa, applied to images (n, c, h, w); ranges as in see the README. Gradients reach the images."""
+    draw_dsa, applied to images (n, c, h, w); ranges as in the README. Gradients reach the images."""
     n, _, h, w = images.shape
     if name == "flip":
         return torch.where(u[:, 0].view(-1, 1, 1, 1) < .5, images.flip(3), images)
@@ -1056,21 +1056,21 @@ def merge_settings(settings, args):
 
 def prepare_trajectories(method, args, per_class, settings):
     """Load data and experts -> Dataset, experts (K, E + 1, P), path of the distilled file to be."""
-    seed = f"_seed{args.seed}" if args.seed else ""
-    what = "bpc" if method == "haba" else "ipc"
-    path = pathlib.Path(args.out) / f"{method}_{pathlib.Path(args.dataset).name}_{what}{per_class}{seed}.pt"
-    probe_folder(path.parent)
+    path = output_path(method, args, f"bpc{per_class}" if method == "haba" else f"ipc{per_class}")
     data = load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, pick_device(args.device))
     data.random_real(per_class)  # enough images in every class? before the hours of experts
     epochs = settings["max_start"] + settings["expert_epochs"]
     return data, load_experts(data, args.data_dir, settings["experts"], epochs, args.seed), path
 
 
-def probe_folder(folder):
-    """Raise UserError now, not after hours, where `folder` cannot be written."""
-    probe = pathlib.Path(folder) / f".probe{os.getpid()}"
+def output_path(method, args, budget):
+    """The path of the distilled file to be, e.g. out/dm_cifar10_ipc10.pt; budget: "ipc10". Raises UserError now, not
+    after hours, where its folder cannot be written."""
+    seed = f"_seed{args.seed}" if args.seed else ""
+    probe = pathlib.Path(args.out) / f".probe{os.getpid()}"
     write(b"", probe)
     probe.unlink()
+    return probe.with_name(f"{method}_{pathlib.Path(args.dataset).name}_{budget}{seed}.pt")
 
 
 def run(main):

@@ -15,7 +15,6 @@ Used afterwards, the images train a fresh network with DSA and learning rate 0.0
 Measured: not yet.
 """
 import argparse
-import pathlib
 
 import torch
 
@@ -87,9 +86,7 @@ def main():
     lr_from_100 = row.pop("lr_from_100")
     settings = common.merge_settings(row | ({"lr": lr_from_100} if args.ipc >= 100 else {}), args)
 
-    seed = f"_seed{args.seed}" if args.seed else ""
-    path = pathlib.Path(args.out) / f"{METHOD}_{pathlib.Path(args.dataset).name}_ipc{args.ipc}{seed}.pt"
-    common.probe_folder(path.parent)
+    path = common.output_path(METHOD, args, f"ipc{args.ipc}")
     data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
     tensors, seconds = distill(data, args.ipc, settings, args.seed, path.with_suffix(".ckpt"))
     distilled = common.save_distilled(path, data, METHOD, args.ipc, tensors, None, settings, seconds, args.seed)

@@ -353,9 +353,7 @@ def main():
         raise common.UserError("--real-means are means over all real images: leave out --batch-real or --real-means")
 
     name = pathlib.Path(args.dataset).name
-    seed = f"_seed{args.seed}" if args.seed else ""
-    path = pathlib.Path(args.out) / f"{METHOD}_{name}_ipc{args.ipc}{seed}.pt"
-    common.probe_folder(path.parent)
+    path = common.output_path(METHOD, args, f"ipc{args.ipc}")
     data = common.load_dataset(args.dataset, args.data_dir, False, args.size, common.pick_device(args.device))
     rule = layout(data.shape, args.ipc)
     row = SETTINGS.get((name, args.ipc), rule)

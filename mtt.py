@@ -10,7 +10,8 @@ and asks it to arrive where the expert arrived M epochs later:
     L = ||phi_{t+N} - phi*_{t+M}||^2 / ||phi*_t - phi*_{t+M}||^2          (survey Eq. 30, HaBa Eq. 7)
 
 The gradient goes back through all N steps into the images and into the student's step size alpha, which is
-learned too. (Eq. 30 says N epochs, Eq. 7 M steps; the authors count N steps and M epochs.) Used afterwards, the images train a fresh network with DSA and the learned step size.
+learned too. (Eq. 30 says N epochs, Eq. 7 M steps; the authors count N steps and M epochs.) Used afterwards, the
+images train a fresh network with DSA and the learned step size.
 
 Measured (short run, no paper budget): 45.1 +- 0.6 % on CIFAR-10 with 2 images a class, 8 experts, 50 iterations; see
 the README.
