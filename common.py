@@ -131,6 +131,8 @@ class Dataset:
 def load_dataset(name, data_dir="data", zca=False, size=None, device="cpu"):
     """Load a data set by name or path and preprocess it -> Dataset.
 
+    zca: False, True (MTT, HaBa) or "trace" (FRePo, translator), see Preprocess.
+
     `name` is glyphs (drawn here), a folder with train/<class>/* and test/<class>/* or val/<class>/* (a path, or
     a name under data_dir), or cifar10, cifar100, svhn, mnist, fashionmnist (torchvision downloads on first use).
     Raises UserError for an unknown name, an unreadable folder or image, or images of several sizes."""
@@ -299,14 +301,17 @@ def draw_glyphs(per_class, split):
 
 @dataclasses.dataclass
 class Preprocess:
-    """Pixels to what networks see, and back. kind is "standardise" or "zca"; `fingerprint` depends on the kind,
-    its constants and the training pixels, not on their order: two files fit together when it is equal."""
+    """Pixels to what networks see, and back. `fingerprint` depends on the kind, its constants and the training
+    pixels, not on their order: two files fit together when it is equal. kind is
+    "standardise": (x - mean) / std, per channel;
+    "zca" (MTT, HaBa): (x - mean image) W, W = U diag(1 / sqrt(s + 0.1)) U^T for the covariance U diag(s) U^T;
+    "zca-trace" (FRePo): the same for standardised pixels, with 0.1 * the mean of s in place of 0.1."""
     kind: str
     fingerprint: str
     mean: torch.Tensor  # (c, 1, 1) when standardising, the mean image (c, h, w) with ZCA
     std: torch.Tensor   # (c, 1, 1); None with ZCA
-    whiten: torch.Tensor = None  # W (d, d), symmetric, d = c * h * w
-    restore: torch.Tensor = None  # the inverse of W
+    whiten: torch.Tensor = None  # (d, d), d = c * h * w, to the right of the images as rows: W, or diag(1 / std) W
+    restore: torch.Tensor = None  # its inverse
 
     ZCA_RIDGE = 0.1
 
@@ -314,18 +319,18 @@ class Preprocess:
     def fit(cls, name, pixels, zca, data_dir):
         """Fit to uint8 training pixels (n, c, h, w); a ZCA matrix is kept under data_dir for the next run."""
         sums = sum_of(pixels, lambda p: p.double().sum(0)), sum_of(pixels, lambda p: p.double().square().sum(0))
-        constants = cls.ZCA_RIDGE if zca else STATS.get(name)
-        kind = "zca" if zca else "standardise"
+        constants = cls.ZCA_RIDGE if zca is True else STATS.get(name)
+        kind = "zca-trace" if zca == "trace" else "zca" if zca else "standardise"
         digest = hashlib.sha256(repr((kind, constants, len(pixels))).encode())
         for total in sums:  # sums of integers below 2^53: exact, whatever the order
             digest.update(total.cpu().numpy().tobytes())
         fingerprint = f"{kind}-{digest.hexdigest()[:16]}"
         n, device = len(pixels), pixels.device
+        if constants is None:  # data of the user's own: measured
+            mean = sums[0].mean((1, 2)) / n / 255
+            std = (sums[1].mean((1, 2)) / n / 255 ** 2 - mean ** 2).clamp_min(1e-4).sqrt()
+            constants = mean.tolist(), std.tolist()
         if not zca:
-            if constants is None:  # data of the user's own: measured
-                mean = sums[0].mean((1, 2)) / n / 255
-                std = (sums[1].mean((1, 2)) / n / 255 ** 2 - mean ** 2).clamp_min(1e-4).sqrt()
-                constants = mean.tolist(), std.tolist()
             mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in constants)
             return cls(kind, fingerprint, mean, std)
         cache = pathlib.Path(data_dir) / ".cache" / f"{fingerprint}.pt"
@@ -335,9 +340,13 @@ class Preprocess:
         mean = (sums[0] / n / 255)
         covariance = sum_of(pixels, lambda p: (p / 255 - mean.float()).flatten(1).T.double()
                             @ (p / 255 - mean.float()).flatten(1).double()) / (n - 1)
-        values, vectors = torch.linalg.eigh(covariance)
-        scale = (values.clamp_min(0) + cls.ZCA_RIDGE).sqrt()
-        whiten, restore = ((vectors * s) @ vectors.T for s in (1 / scale, scale))
+        std = torch.ones(len(covariance), dtype=torch.float64, device=device)
+        if kind == "zca-trace":
+            std = torch.tensor(constants[1], device=device).double().repeat_interleave(len(std) // len(constants[1]))
+        values, vectors = torch.linalg.eigh(covariance / std / std[:, None])
+        ridge = cls.ZCA_RIDGE * (values.mean() if kind == "zca-trace" else 1)
+        scale = (values.clamp_min(0) + ridge).sqrt()
+        whiten, restore = (vectors / scale @ vectors.T) / std[:, None], (vectors * scale @ vectors.T) * std
         stored = {"mean": mean.float().cpu(), "whiten": whiten.float().cpu(), "restore": restore.float().cpu()}
         with contextlib.suppress(UserError):
             save(stored, cache)
@@ -364,10 +373,12 @@ def sum_of(images, term):
 
 # ------------------------------------------------------------------------------------------ DSA
 
-def draw_dsa(count, *key, device="cpu", flip=True):
+DSA = ("colour", "crop", "cutout", "flip", "scale", "rotate")
+
+
+def draw_dsa(count, *key, device="cpu", flip=True, names=DSA):
     """One draw of DSA for a batch -> (transform's name, u): u (count, 3) uniform in [0, 1), one row an image;
     count=1 shares the parameters over the batch, which is the Siamese form. Same key, same draw."""
-    names = ("colour", "crop", "cutout", "flip", "scale", "rotate")
     names = names if flip else tuple(name for name in names if name != "flip")
     name = names[hash_int((*key, "transform")) % len(names)]
     return name, torch.rand(count, 3, generator=rng(*key, device=device), device=device)
@@ -392,7 +403,7 @@ def dsa(images, name, u):
         in_rows = (rows >= top[:, None]) & (rows < top[:, None] + h // 2)
         in_columns = (columns >= left[:, None]) & (columns < left[:, None] + w // 2)
         return images * ~(in_rows[:, None, :, None] & in_columns[:, None, None, :])
-    if name == "crop":  # shift by whole pixels, zeros outside
+    if name in ("crop", "translate"):  # shift by whole pixels, zeros outside
         reach = round(h * .125)
         down, right = ((u[:, i] * (2 * reach + 1)).floor().long() - reach for i in range(2))
         padded = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1)
@@ -417,6 +428,7 @@ def dsa(images, name, u):
 class ConvNet(nn.Module):
     """The field's ConvNet: `depth` blocks of conv 3x3 -> instance norm -> ReLU -> average pool, then one linear
     layer. 320,010 parameters for 3x32x32 and 10 classes. Depth 3 for 28 and 32 pixels, 4 for 64, 5 for 128."""
+    kind = "convnet"
 
     def __init__(self, shape, classes, width=128):
         super().__init__()
@@ -442,6 +454,40 @@ class ConvNet(nn.Module):
         return self.classifier(self.features(images))
 
 
+class FRePoNet(nn.Module):
+    """FRePo's ConvNet: blocks of conv 3x3 -> ReLU -> average pool whose width doubles (128, 256, 512), and one linear
+    layer; depth as ConvNet's. norm: batch norm between the blocks, none behind the last, as in FRePo's pool; without
+    it, the network that a distilled set is scored with. Weights start as LeCun's: normal, variance 1 / fan-in."""
+    kind = "frepo-convnet"
+
+    def __init__(self, shape, classes, norm=False, width=128):
+        super().__init__()
+        channels, size = shape[0], shape[-1]
+        first_pad = 3 if (channels, size) == (1, 28) else 1  # 28x28 digits become 32x32 maps
+        size += 2 * (first_pad - 1)
+        self.depth = max(1, round(math.log2(size)) - 2)
+        blocks = []
+        for i in range(self.depth):
+            blocks += [nn.Conv2d(channels, width, 3, padding=first_pad if i == 0 else 1)]
+            blocks += [nn.BatchNorm2d(width, track_running_stats=False)] * (norm and i < self.depth - 1)
+            blocks += [nn.ReLU(), nn.AvgPool2d(2)]
+            channels, width, size = width, width * 2, size // 2
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(channels * size * size, classes)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+                nn.init.zeros_(layer.bias)
+
+    def features(self, images):
+        """The features before the linear layer, (n, 512 * (size / 2^depth)^2)."""
+        return self.blocks(images).flatten(1)
+
+    def forward(self, images):
+        """Predicted labels (n, classes), real numbers."""
+        return self.classifier(self.features(images))
+
+
 def flat_parameters(net):
     """All parameters as one vector (P,), detached; `unflatten` is the way back."""
     return torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -454,20 +500,25 @@ def unflatten(net, flat):
     return {name: part.view_as(p) for (name, p), part in zip(named.items(), parts)}
 
 
-def accumulate_gradient(net, parameters, images, labels):
-    """Add the gradient of the mean cross-entropy to .grad of `parameters`, a dict of leaves.
+def accumulate_gradient(net, parameters, images, labels, criterion=F.cross_entropy):
+    """Add the gradient of the mean loss (cross-entropy) to .grad of `parameters`, a dict of leaves.
 
     parameters (R, ...), images (R, n, c, h, w), labels (R, n) or soft (R, n, C): R networks side by side, each with
-    its own batch (R = 1: no vmap)."""
-    parts = chunk_size(images.device)
+    its own batch (R = 1: no vmap). A network with batch norm sees the batch as a whole, others in chunks."""
+    parts = images.shape[1] if mixes_images(net) else chunk_size(images.device)
     for x, y in zip(images.split(parts, 1), labels.split(parts, 1)):
         with autocast(images.device):
             if len(images) > 1:
                 logits = torch.vmap(lambda p, one: functional_call(net, p, one))(parameters, x)
             else:
                 logits = functional_call(net, {name: p[0] for name, p in parameters.items()}, x[0])[None]
-        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(0, 1), reduction="sum")
+        loss = criterion(logits.float().flatten(0, 1), y.flatten(0, 1), reduction="sum")
         (loss / images.shape[1]).backward()
+
+
+def mixes_images(net):
+    """Whether a network's output for an image depends on the others of its batch, as batch norm's does."""
+    return any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
 
 
 @torch.no_grad()
@@ -561,7 +612,7 @@ def settings_for(table, dataset, per_class):
     name = pathlib.Path(dataset).name
     rows = {n: row for (of, n), row in table.items() if of == (name if (name, 1) in table else "cifar10")}
     row = dict(rows[min(rows, key=lambda n: abs(math.log(per_class / n)))])
-    return row | {"zca": row["zca"] and name in ("cifar10", "cifar100", "svhn")}
+    return row | {"zca": row["zca"] if name in ("cifar10", "cifar100", "svhn") else False}
 
 
 def student_batch(count, batch, step, *key, device="cpu"):
@@ -628,15 +679,20 @@ def student_gradient(net, student, images, labels, create_graph=False):
 
 @torch.no_grad()
 def start_anew(net, *key):
-    """Give `net` the random parameters that depend on `key` alone, as torch's layers start: uniform in
-    +-1 / sqrt(fan-in), norms at 1 and 0. Drawn on net's device, so nothing is copied to it; -> net."""
+    """Give `net` the random parameters that depend on `key` alone: as torch's layers start, uniform in
+    +-1 / sqrt(fan-in), FRePoNet's as LeCun's, normal with variance 1 / fan-in; norms at 1 and 0. Drawn on net's
+    device, so nothing is copied to it; -> net."""
     generator = rng(*key, device=next(net.parameters()).device)
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             bound = layer.weight[0].numel() ** -0.5
-            layer.weight.uniform_(-bound, bound, generator=generator)
-            layer.bias.uniform_(-bound, bound, generator=generator)
-        elif isinstance(layer, nn.GroupNorm):
+            if isinstance(net, FRePoNet):
+                layer.weight.normal_(0, bound, generator=generator)
+                layer.bias.zero_()
+            else:
+                layer.weight.uniform_(-bound, bound, generator=generator)
+                layer.bias.uniform_(-bound, bound, generator=generator)
+        elif isinstance(layer, (nn.GroupNorm, nn.BatchNorm2d)):
             layer.reset_parameters()
     return net
 
@@ -654,6 +710,14 @@ def draw_members(members, per_class, *key):
     (C * per_class,) in class order, drawn on the device."""
     score = torch.rand(members.shape, generator=rng(*key, device=members.device), device=members.device)
     return members.gather(1, score.masked_fill(members < 0, -1).topk(per_class).indices).flatten()
+
+
+@torch.no_grad()
+def features(net, images):
+    """net's features of images (n, c, h, w) -> (n, F) float32; no graph, in bfloat16 where `autocast` has it."""
+    with autocast(images.device):
+        return torch.cat([net.features(x).float() for x in
+                          images.split(len(images) if mixes_images(net) else chunk_size(images.device))])
 
 
 @torch.no_grad()
@@ -705,66 +769,129 @@ def match_means(net, real, images, part=None, half=False, room=2048):
     return gap.square().sum(1), torch.cat(gradient)
 
 
+# ------------------------------------------------------------------------------------------ kernel ridge regression
+
+def krr(support, labels, target, ridge=1e-6):
+    """Kernel ridge regression on features (survey Sec. 3.2; FRePo): K = support support^T, then the prediction
+    target support^T (K + ridge * trace(K) / n * I)^-1 labels, differentiable in all three.
+
+    support (n, F), labels (n, C), target (m, F) -> (m, C) in target's type. Solved by Cholesky in float64: the ridge
+    is smaller than float32's rounding of K. Raises UserError (on a GPU, which is not waited for: gives NaN) where the
+    matrix is not positive definite."""
+    wide = support.double()
+    kernel = wide @ wide.T
+    kernel = kernel + ridge * kernel.trace() / len(kernel) * torch.eye(len(kernel), device=kernel.device)
+    factor, failed = torch.linalg.cholesky_ex(kernel)
+    if failed.device.type == "cpu" and failed:
+        raise UserError("the features' kernel matrix is not positive definite: images are equal or not finite; take a "
+                        "larger ridge or smaller learning rates")
+    factor = torch.where(failed > 0, torch.nan, factor)
+    weights = wide.T @ torch.cholesky_solve(labels.double(), factor)  # w* of translator Eq. (2)
+    return target @ weights.to(target.dtype)
+
+
+def nfr_loss(support, labels, target, target_labels, ridge=1e-6):
+    """Neural feature regression, translator Eq. (2): half the squared error of the prediction that the synthetic set's
+    features `support` (n, F) and labels (n, C) make for real features (m, F), summed over classes, a mean over m."""
+    return squared_error(krr(support, labels, target, ridge), target_labels) / len(target)
+
+
 # ------------------------------------------------------------------------------------------ scoring
 
-PROTOCOL = dict(epochs=1000, drops=((1 / 2, 0.1),))  # drops: (share of the epochs, factor of the learning rate)
+PROTOCOL = dict(network=ConvNet, epochs=1000, batch=256, lr=0.01, adam=False, augment=DSA,
+                drops=((1 / 2, 0.1),))  # drops: (share of the epochs, factor of the learning rate)
 
 
-def train_and_test(data, draw, count, lr, epochs=1000, runs=5, seed=0, side_by_side=None, augment=True,
-                   drops=PROTOCOL["drops"]):
-    """Train `runs` fresh ConvNets on a distilled set and test them (the README, "Protocols") -> list of percentages.
+def frepo_protocol(count):
+    """How FRePo and the translator score `count` distilled images: squared error on soft labels, Adam, warm-up and
+    cosine, their own network without norm. The epochs are theirs, in the logarithm nearest."""
+    epochs = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 5000}
+    return dict(network=FRePoNet, epochs=epochs[min(epochs, key=lambda n: abs(math.log(count / n)))], batch=500,
+                lr=3e-4, adam=True, augment=("colour", "crop", "cutout", "flip", "rotate", "translate"), drops=())
+
+
+def centre_labels(labels, classes):
+    """Class numbers (n,) -> soft labels (n, C) as FRePo's start: one-hot - 1 / C, divided by sqrt(C / 10)."""
+    return (F.one_hot(labels, classes) - 1 / classes) / math.sqrt(classes / 10)
+
+
+def learning_rate(protocol, lr, epoch, epochs, steps=1):
+    """The rate of an epoch of `steps` steps: lr with drops; with Adam 500 steps of linear warm-up (at most half of the
+    training), then a cosine to 1 %."""
+    if not protocol["adam"]:
+        return lr * math.prod(factor for share, factor in protocol["drops"] if epoch >= math.ceil(share * epochs - 1e-9))
+    warm = min(500 / steps, epochs / 2)
+    falling = (1 + math.cos(math.pi * max(0, epoch - warm) / (epochs - warm))) / 2
+    return lr * (min(1, (epoch + 1) / warm) if epoch < warm else .01 + .99 * falling)
+
+
+def train_and_test(data, draw, count, protocol=PROTOCOL, lr=None, epochs=None, runs=5, seed=0, side_by_side=None):
+    """Train `runs` fresh networks on a distilled set and test them (the README, "Protocols") -> list of percentages.
 
     draw(run, index (b,), *key) -> preprocessed images (b, c, h, w) and labels of entries `index` of 0..count-1;
-    what it draws at random depends on `key`. SGD, momentum 0.9, weight decay 5e-4, batch 256, DSA on every image,
-    lr x 0.1 in the second half (or as `drops` say), the accuracy after the last epoch. On a GPU the networks train
-    side by side."""
-    device, flip = data.device, data.flip
-    side_by_side = device.type == "cuda" if side_by_side is None else side_by_side
-    net = ConvNet(data.shape, len(data.classes)).to(device)
+    what it draws at random depends on `key`. protocol: as PROTOCOL, SGD with momentum 0.9 and weight decay 5e-4 on
+    the cross-entropy, or as frepo_protocol gives it; its lr and epochs can be replaced. The accuracy is that after the
+    last epoch. On a GPU networks without batch norm train side by side."""
+    device, classes, build = data.device, len(data.classes), protocol["network"]
+    lr, epochs, batch = lr or protocol["lr"], epochs or protocol["epochs"], protocol["batch"]
+    criterion, steps = squared_error if protocol["adam"] else F.cross_entropy, math.ceil(count / batch)
+    if side_by_side is None:
+        side_by_side = device.type == "cuda" and not mixes_images(build(data.shape, classes))
     progress, result = Progress(runs * epochs, "scoring epochs"), []
     for group in torch.arange(runs).split(runs if side_by_side else 1):
         group = group.tolist()
-        starts = [unflatten(net, flat_parameters(seeded((seed, "score", run), ConvNet, data.shape, len(data.classes)))
-                            .to(device)) for run in group]
-        parameters = {name: torch.stack([s[name] for s in starts]).requires_grad_() for name in starts[0]}
-        optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=0.9, weight_decay=5e-4)
+        nets = [seeded((seed, "score", run), build, data.shape, classes).to(device) for run in group]
+        net, starts = nets[0], [dict(net.named_parameters()) for net in nets]
+        parameters = {name: torch.stack([s[name].detach() for s in starts]).requires_grad_() for name in starts[0]}
+        optimizer = torch.optim.Adam(parameters.values()) if protocol["adam"] else torch.optim.SGD(
+            parameters.values(), momentum=0.9, weight_decay=5e-4)
         for epoch in range(epochs):
-            optimizer.param_groups[0]["lr"] = lr * math.prod(
-                factor for share, factor in drops if epoch >= math.ceil(share * epochs - 1e-9))
+            optimizer.param_groups[0]["lr"] = learning_rate(protocol, lr, epoch, epochs, steps)
             orders = [torch.randperm(count, generator=rng(seed, "order", run, epoch, device=device), device=device)
                       for run in group]
-            for step in range(0, count, 256):
+            for step in range(0, count, batch):
                 batches = []
                 for run, order in zip(group, orders):
                     key = (seed, "score", run, epoch, step)
                     with torch.no_grad():
-                        images, labels = draw(run, order[step:step + 256], *key)
-                        if augment:
-                            images = dsa(images, *draw_dsa(len(images), *key, device=device, flip=flip))
+                        images, labels = draw(run, order[step:step + batch], *key)
+                        if protocol["augment"]:
+                            images = dsa(images, *draw_dsa(len(images), *key, device=device, flip=data.flip,
+                                                           names=protocol["augment"]))
+                        if protocol["adam"] and labels.ndim == 1:
+                            labels = centre_labels(labels, classes)
                     batches.append((images, labels))
                 optimizer.zero_grad()
-                accumulate_gradient(net, parameters, *(torch.stack(part) for part in zip(*batches)))
+                accumulate_gradient(net, parameters, *(torch.stack(part) for part in zip(*batches)), criterion)
                 optimizer.step()
             progress(len(group))
+        net.eval()
         result += [accuracy(net, {name: p.detach()[i] for name, p in parameters.items()}, data.test, data.test_labels)
                    for i in range(len(group))]
     progress.end()
     return result
 
 
+def squared_error(predicted, labels, reduction="sum"):
+    """Half the squared error, summed over classes and images: FRePo's loss."""
+    return 0.5 * (predicted - labels).square().sum()
+
+
 def score(data, distilled, draw, count, out, epochs=None, runs=5, seed=0, protocol=PROTOCOL):
     """Score a distilled file's set beside random real images of the same storage, print both and add a line of
-    JSON to out/results.jsonl -> that line as a dict. `protocol` is the method's; random images always get
-    PROTOCOL's drops and, with `epochs` in place of the method's, the same share of PROTOCOL's epochs."""
+    JSON to out/results.jsonl -> that line as a dict. `protocol` is the method's, or gives it for `count`; random images get the same one where
+    it is FRePo's and PROTOCOL elsewhere, with `epochs` in place of the method's the same share of its epochs."""
     began = time.time()
-    lr, epochs = distilled["step_size"] or 0.01, epochs or protocol["epochs"]
-    random_epochs = max(1, round(epochs * PROTOCOL["epochs"] / protocol["epochs"]))
-    found = train_and_test(data, draw, count, lr, epochs, runs, seed, drops=protocol["drops"])
+    protocol = protocol(count) if callable(protocol) else protocol
+    epochs = epochs or protocol["epochs"]
+    found = train_and_test(data, draw, count, protocol, distilled["step_size"], epochs, runs, seed)
     same_storage = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
     same_storage = min(same_storage, data.train_labels.bincount().min().item())  # a small class may have no more
     real = [data.random_real(same_storage, seed, "random real", run) for run in range(runs)]
+    real_protocol = protocol if protocol["adam"] else PROTOCOL
+    random_epochs = max(1, round(epochs * real_protocol["epochs"] / protocol["epochs"]))
     random = train_and_test(data, lambda run, index, *key: (real[run][0][index], real[run][1][index]),
-                            len(real[0][0]), 0.01, random_epochs, runs, seed)
+                            len(real[0][0]), real_protocol, None, random_epochs, runs, seed)
     line = {key: distilled[key] for key in ("method", "dataset", "per_class", "stored_per_class", "network")}
     line |= {"accuracy": np.mean(found).round(2), "std": np.std(found).round(2), "runs": runs, "epochs": epochs,
              "random_images_per_class": same_storage,
@@ -837,19 +964,20 @@ def load(path, what):
                         "remove it or give another file") from None
 
 
-def save_distilled(path, data, method, per_class, tensors, step_size, settings, seconds, seed):
+def save_distilled(path, data, method, per_class, tensors, step_size, settings, seconds, seed, protocol=PROTOCOL):
     """Write a distilled file: everything that is needed to use it. `tensors` {name: tensor} is what is stored and
-    counted; `step_size` is the learned learning rate or None. Raises UserError."""
-    stored = sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    constants = (None, None) if data.preprocess.kind == "zca" else (
+    counted (labels are not, as in the papers); `step_size` is the learned learning rate or None; `protocol` the one to train with. Raises UserError."""
+    stored = sum(t.numel() for name, t in tensors.items() if t.is_floating_point() and name != "labels")
+    network = protocol["network"](data.shape, len(data.classes))
+    constants = (None, None) if data.preprocess.whiten is not None else (
         v.flatten().tolist() for v in (data.preprocess.mean, data.preprocess.std))
     distilled = {
         "format": "distilled 1", "method": method, "dataset": data.name, "classes": data.classes,
         "shape": list(data.shape), "per_class": per_class, "stored_per_class": stored / len(data.classes),
         "preprocess": data.preprocess.kind, "fingerprint": data.preprocess.fingerprint,
         **dict(zip(("mean", "std"), constants)),
-        "augmentation": "DSA: one of colour crop cutout " + "flip " * data.flip + "scale rotate a batch",
-        "step_size": step_size, "network": f"convnet{ConvNet(data.shape, len(data.classes)).depth}",
+        "augmentation": f"DSA: one of {' '.join(t for t in protocol['augment'] if data.flip or t != 'flip')} a batch",
+        "step_size": step_size, "network": f"{network.kind}{network.depth}",
         "settings": settings, "iterations": settings["iterations"], "seconds": round(seconds, 1), "seed": seed,
         "torch": str(torch.__version__), **{name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}}
     save(distilled, path)

@@ -13,7 +13,7 @@ import pathlib
 
 import common
 
-METHODS = ("mtt", "haba", "dm", "kfs")
+METHODS = ("mtt", "haba", "dm", "kfs", "frepo", "translator_fewshot")
 
 
 def main():
@@ -31,8 +31,9 @@ def main():
     distilled = common.load_distilled(args.file)
     if distilled["method"] not in METHODS:
         raise common.UserError(f"{args.file} was made by {distilled['method']!r}, which is none of {', '.join(METHODS)}")
-    data = common.load_dataset(args.dataset or distilled["dataset"], args.data_dir, distilled["preprocess"] == "zca",
-                               args.size or distilled["settings"]["size"], common.pick_device(args.device))
+    zca = {"zca": True, "zca-trace": "trace"}.get(distilled["preprocess"], False)
+    data = common.load_dataset(args.dataset or distilled["dataset"], args.data_dir, zca, args.size
+                               or distilled["settings"]["size"], common.pick_device(args.device))
     common.check_fit(args.file, distilled, data)
     method = importlib.import_module(distilled["method"])  # its sampler turns what is stored into training images
     out = args.out or pathlib.Path(args.file).parent

@@ -28,7 +28,7 @@ from torch import nn
 import common
 
 METHOD = "kfs"
-PROTOCOL = dict(epochs=200, drops=((133 / 200, 0.2), (166 / 200, 0.2)))  # appendix A: how a result is scored
+PROTOCOL = common.PROTOCOL | dict(epochs=200, drops=((133 / 200, 0.2), (166 / 200, 0.2)))  # appendix A: how a result is scored
 
 # Every setting of Tables 1 and 3. The paper's Table 6 and 9 are lost but for 16 codes of 12x4x4 with 8 decoders at one
 # image of 3x32x32 a class: the rest is its rule, four numbers in a code for a channel of the image, at 1/8 of the side

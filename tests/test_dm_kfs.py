@@ -370,12 +370,11 @@ def test_both_run_on_grey_28x28(tmp_path):
 
 def test_the_scoring_protocol_of_kfs():
     """lr 0.01, x 0.2 from epochs 133 and 166 of 200; the others' x 0.1 in the second half."""
-    def rates(epochs, drops):
-        return [math.prod(f for share, f in drops if epoch >= math.ceil(share * epochs - 1e-9))
-                for epoch in range(epochs)]
-    kept = rates(200, kfs.PROTOCOL["drops"])
+    def rates(epochs, protocol):
+        return [common.learning_rate(protocol, 1., epoch, epochs) for epoch in range(epochs)]
+    kept = rates(200, kfs.PROTOCOL)
     assert [e for e in range(1, 200) if kept[e] != kept[e - 1]] == [133, 166] and kept[-1] == pytest.approx(.04)
-    assert rates(5, common.PROTOCOL["drops"]) == [1, 1, 1, .1, .1]
+    assert rates(5, common.PROTOCOL) == [1, 1, 1, .1, .1]
 
 
 def run(folder, *command):

@@ -413,7 +413,7 @@ def test_no_flip_for_digits(name, flips, small_data, monkeypatch):
     assert seen == set(TRANSFORMS if flips else set(TRANSFORMS) - {"flip"})
     seen.clear()
     common.train_and_test(small_data, lambda run, index, *key: (small_data.train[index], small_data.train_labels[index]),
-                          3, 0.01, epochs=40, runs=1)
+                          3, epochs=40, runs=1)
     assert seen == set(TRANSFORMS if flips else set(TRANSFORMS) - {"flip"})
 
 
@@ -432,7 +432,8 @@ def test_score_side_by_side(small_data, exact):
     """Networks trained side by side (as on a GPU) reach the accuracies of one after the other (a
     test image may fall on the other side by rounding); the same way twice gives the same to the last digit."""
     def score(side_by_side):
-        return common.train_and_test(small_data, drawer(small_data), 30, 0.01, epochs=6, runs=3, side_by_side=side_by_side)
+        return common.train_and_test(small_data, drawer(small_data), 30, lr=0.01, epochs=6, runs=3,
+                                     side_by_side=side_by_side)
 
     one_by_one = score(False)
     assert score(False) == one_by_one and score(True) == pytest.approx(one_by_one, abs=100 / 90 + 1e-3)
@@ -454,7 +455,8 @@ def test_score_is_sgd(small_data, exact, double, monkeypatch):
     small_data.train, small_data.train_labels = small_data.train.repeat(5, 1, 1, 1), small_data.train_labels.repeat(5)
     seen, kept, accuracy = {}, [], common.accuracy
     monkeypatch.setattr(common, "accuracy", lambda net, p, *rest: kept.append(p) or accuracy(net, p, *rest))
-    found = common.train_and_test(small_data, drawer(small_data, seen), 300, 0.02, epochs=4, runs=2, seed=6, augment=False)
+    found = common.train_and_test(small_data, drawer(small_data, seen), 300, common.PROTOCOL | {"augment": ()}, lr=0.02,
+                                  epochs=4, runs=2, seed=6)
     for run in range(2):
         assert [len(index) for index in seen[run]] == [256, 44] * 4
         assert len(torch.cat(seen[run][:2]).unique()) == 300 and not torch.equal(seen[run][0], seen[run][2])
