@@ -780,7 +780,7 @@ def krr(support, labels, target, ridge=1e-6):
     matrix is not positive definite."""
     wide = support.double()
     kernel = wide @ wide.T
-    kernel = kernel + ridge * kernel.trace() / len(kernel) * torch.eye(len(kernel), device=kernel.device)
+    kernel = kernel + ridge * kernel.trace() / len(kernel) * torch.eye(len(kernel)).to(kernel)
     factor, failed = torch.linalg.cholesky_ex(kernel)
     if failed.device.type == "cpu" and failed:
         raise UserError("the features' kernel matrix is not positive definite: images are equal or not finite; take a "
@@ -825,8 +825,10 @@ def learning_rate(protocol, lr, epoch, epochs, steps=1):
     return lr * (min(1, (epoch + 1) / warm) if epoch < warm else .01 + .99 * falling)
 
 
-def train_and_test(data, draw, count, protocol=PROTOCOL, lr=None, epochs=None, runs=5, seed=0, side_by_side=None):
-    """Train `runs` fresh networks on a distilled set and test them (the README, "Protocols") -> list of percentages.
+def train_and_test(data, draw, count, protocol=PROTOCOL, lr=None, epochs=None, runs=5, seed=0, side_by_side=None,
+                   test=None):
+    """Train `runs` fresh networks on a distilled set and test them (the README, "Protocols") -> list of percentages,
+    or of what test(net, parameters), a dict, returns in place of the accuracy on the test set.
 
     draw(run, index (b,), *key) -> preprocessed images (b, c, h, w) and labels of entries `index` of 0..count-1;
     what it draws at random depends on `key`. protocol: as PROTOCOL, SGD with momentum 0.9 and weight decay 5e-4 on
@@ -834,6 +836,7 @@ def train_and_test(data, draw, count, protocol=PROTOCOL, lr=None, epochs=None, r
     last epoch. On a GPU networks without batch norm train side by side."""
     device, classes, build = data.device, len(data.classes), protocol["network"]
     lr, epochs, batch = lr or protocol["lr"], epochs or protocol["epochs"], protocol["batch"]
+    test = test or (lambda net, parameters: accuracy(net, parameters, data.test, data.test_labels))
     criterion, steps = squared_error if protocol["adam"] else F.cross_entropy, math.ceil(count / batch)
     if side_by_side is None:
         side_by_side = device.type == "cuda" and not mixes_images(build(data.shape, classes))
@@ -866,8 +869,7 @@ def train_and_test(data, draw, count, protocol=PROTOCOL, lr=None, epochs=None, r
                 optimizer.step()
             progress(len(group))
         net.eval()
-        result += [accuracy(net, {name: p.detach()[i] for name, p in parameters.items()}, data.test, data.test_labels)
-                   for i in range(len(group))]
+        result += [test(net, {name: p.detach()[i] for name, p in parameters.items()}) for i in range(len(group))]
     progress.end()
     return result
 
@@ -877,34 +879,51 @@ def squared_error(predicted, labels, reduction="sum"):
     return 0.5 * (predicted - labels).square().sum()
 
 
-def score(data, distilled, draw, count, out, epochs=None, runs=5, seed=0, protocol=PROTOCOL):
-    """Score a distilled file's set beside random real images of the same storage, print both and add a line of
-    JSON to out/results.jsonl -> that line as a dict. `protocol` is the method's, or gives it for `count`; random images get the same one where
-    it is FRePo's and PROTOCOL elsewhere, with `epochs` in place of the method's the same share of its epochs."""
+def score_random(data, stored_per_class, protocol, epochs, runs=5, seed=0, steps=None, side_by_side=None, test=None):
+    """Score random real images of the same storage, rounded up -> (images a class, epochs, list as of train_and_test).
+
+    They get FRePo's protocol where `protocol` is that, and PROTOCOL with the network and augmentation of `protocol`
+    elsewhere; over the same share of the protocol's epochs that `epochs` are, or over as many `steps`."""
+    per_class = math.ceil(stored_per_class / math.prod(data.shape))
+    per_class = min(per_class, data.train_labels.bincount().min().item())  # a small class may have no more
+    sets = [data.random_real(per_class, seed, "random real", run) for run in range(runs)]
+    own = protocol if protocol["adam"] else PROTOCOL | {key: protocol[key] for key in ("network", "augment")}
+    epochs = max(1, round(epochs * own["epochs"] / protocol["epochs"]))
+    if steps:
+        epochs = max(1, round(steps / math.ceil(len(sets[0][0]) / own["batch"])))
+    return per_class, epochs, train_and_test(data, lambda run, index, *key: (sets[run][0][index], sets[run][1][index]),
+                                             len(sets[0][0]), own, None, epochs, runs, seed, side_by_side, test)
+
+
+def score(data, distilled, draw, count, out, epochs=None, runs=5, seed=0, protocol=PROTOCOL, steps=None, random=None,
+          side_by_side=None, more=()):
+    """Score a distilled file's set beside random real images of the same storage, print both and add a line of JSON to
+    out/results.jsonl -> that line as a dict. `protocol` is the method's, or gives it for `count`; the random images' is
+    score_random's. steps: for the random images, in place of the same share of epochs. random: what an earlier line says
+    of them, its random_... keys; {} where the set itself is random or whole. more: keys to add or replace."""
     began = time.time()
     protocol = protocol(count) if callable(protocol) else protocol
     epochs = epochs or protocol["epochs"]
-    found = train_and_test(data, draw, count, protocol, distilled["step_size"], epochs, runs, seed)
-    same_storage = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
-    same_storage = min(same_storage, data.train_labels.bincount().min().item())  # a small class may have no more
-    real = [data.random_real(same_storage, seed, "random real", run) for run in range(runs)]
-    real_protocol = protocol if protocol["adam"] else PROTOCOL
-    random_epochs = max(1, round(epochs * real_protocol["epochs"] / protocol["epochs"]))
-    random = train_and_test(data, lambda run, index, *key: (real[run][0][index], real[run][1][index]),
-                            len(real[0][0]), real_protocol, None, random_epochs, runs, seed)
+    found = train_and_test(data, draw, count, protocol, distilled["step_size"], epochs, runs, seed, side_by_side)
+    if random is None:
+        per_class, random_epochs, percentages = score_random(data, distilled["stored_per_class"], protocol, epochs, runs,
+                                                             seed, steps, side_by_side)
+    else:
+        per_class, random_epochs, percentages = distilled["per_class"], epochs, found
     line = {key: distilled[key] for key in ("method", "dataset", "per_class", "stored_per_class", "network")}
-    line |= {"accuracy": np.mean(found).round(2), "std": np.std(found).round(2), "runs": runs, "epochs": epochs,
-             "random_images_per_class": same_storage,
-             "random_accuracy": np.mean(random).round(2), "random_std": np.std(random).round(2),
-             "random_epochs": random_epochs,
+    line |= {"augment": bool(protocol["augment"]), "accuracy": np.mean(found).round(2), "std": np.std(found).round(2),
+             "runs": runs, "epochs": epochs, "random_images_per_class": per_class,
+             "random_accuracy": np.mean(percentages).round(2), "random_std": np.std(percentages).round(2),
+             "random_epochs": random_epochs, **(random or {}),
              "iterations": distilled["iterations"], "experts": distilled["settings"].get("experts"),
              "seconds": distilled["seconds"], "scoring_seconds": round(time.time() - began, 1),
              "device": device_name(data.device), "torch": torch.__version__, "seed": distilled["seed"],
-             "scoring_seed": seed, "command": " ".join(["python", *sys.argv])}
+             "scoring_seed": seed, "command": " ".join(["python", *sys.argv]), **dict(more)}
+    line["gain"] = round(line["accuracy"] - line["random_accuracy"], 2)
     print(f"{line['method']} on {line['dataset']}, {line['per_class']} a class: {line['accuracy']:.2f} +- "
-          f"{line['std']:.2f} % on the test set ({runs} networks, {epochs} epochs)\n"
-          f"random real images, {same_storage} a class (the same storage, rounded up): "
-          f"{line['random_accuracy']:.2f} +- {line['random_std']:.2f} %")
+          f"{line['std']:.2f} % on the test set ({runs} networks, {line['network']}, {epochs} epochs)\n"
+          f"random real images, {line['random_images_per_class']} a class (the same storage, rounded up): "
+          f"{line['random_accuracy']:.2f} +- {line['random_std']:.2f} %; gain {line['gain']:+.2f}")
     append_line(json.dumps(line), pathlib.Path(out) / "results.jsonl")
     return line
 
@@ -1147,13 +1166,13 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"usage: python {self._prog} [--flag value ...]\n\n"
 
 
-def add_arguments(parser, per_class="ipc", symbol="images a class"):
-    """The flags that every method has."""
+def add_arguments(parser, per_class="ipc", symbol="images a class", several=False):
+    """The flags that every method has. several: a list of budgets."""
     add = parser.add_argument
     add("--dataset", default="glyphs", help="glyphs (drawn here), a folder, cifar10, mnist, ... (glyphs)")
     add("--data-dir", default="data", help="data sets, caches and experts live here (data)")
     add("--size", type=positive, help="resize and crop a folder's pictures to a square of this side")
-    add(f"--{per_class}", type=positive, default=1, help=symbol + " (1)")
+    add(f"--{per_class}", type=positive, help=symbol + " (1)", **dict(nargs="+", default=[1]) if several else dict(default=1))
     add("--seed", type=int, default=0, help="everything random follows from it (0)")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--out", default="out", help="folder for the distilled file, its picture, results.jsonl (out)")

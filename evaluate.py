@@ -1,44 +1,825 @@
-"""Score a distilled file of any of the methods: train fresh networks on it, test them on the real test set.
+"""Score distilled files of any of the methods, and core-sets, on any of eight networks.
 
-    python evaluate.py out/haba_cifar10_bpc9.pt --data-dir data
+    python evaluate.py out/haba_cifar10_bpc9.pt --network convnet resnet18 vgg11     # a row for each network
+    python evaluate.py --coreset random herding k-center forgetting whole --ipc 10 --dataset cifar10 --table
 
-Protocol (the papers' own): five fresh ConvNets, 1000 epochs, the accuracy after the last
-epoch, mean and standard deviation; beside it the same protocol on random real images of the same storage. The
-data set and its preprocessing have to be those that the file was distilled from. A line of JSON goes to
-OUT/results.jsonl. The same file, seed and machine give the same number to the last digit on a CPU.
+A row is the accuracy of fresh networks trained on the set (mean and standard deviation over --runs), next to that of
+random real images of the same storage under the same protocol, and the gain over them. The protocol is the method's own
+(the README, "Protocols"), with --network in place of its network. The data set and its preprocessing have to be those
+that the file was distilled from. Every row is a line of JSON in OUT/results.jsonl; --table makes Markdown of them, with
+the papers' numbers (results/targets.csv) beside ours. The same file, seed and machine give the same number to the last
+digit on a CPU.
+
+In place of such rows: --steps (accuracy over the training budget), --corruption (accuracy on corrupted test images),
+--continual (classes that come a few at a time), --picture.
 """
 import argparse
+import collections
+import csv
+import dataclasses
+import hashlib
 import importlib
+import io
+import json
+import math
 import pathlib
+import re
+
+import numpy as np
+import torch
+from torch import nn
 
 import common
 
 METHODS = ("mtt", "haba", "dm", "kfs", "frepo", "translator_fewshot")
+CORESETS = ("random", "herding", "k-center", "forgetting", "whole")
+FEATURE_EPOCHS = 20  # of the network whose features choose a core-set
+WHOLE_EPOCHS = 30    # at most, for the whole real set: one of its epochs is as long as hundreds of a distilled set's
 
+
+# ------------------------------------------------------------------------------------------ networks
+
+def build_network(name, norm="instance"):
+    """-> build(shape, classes): network `name` for a protocol. Its first layers are those of the small-image variants (as
+    in the code of DC and MTT) up to 64 pixels, torchvision's own beyond. norm: instance (GroupNorm with as many groups as
+    channels; it does not mix images) or batch; the AlexNet of DC has none unless it is batch. No dropout and no
+    stochastic depth: nothing in training is random but the batches. build raises UserError outside 28 to 256 pixels."""
+    def build(shape, classes):
+        if name == "convnet":
+            net = common.ConvNet(shape, classes)
+        elif not 28 <= shape[-1] <= 256:
+            raise common.UserError(f"{name} takes images of 28 to 256 pixels, these have {shape[-1]}: take --network "
+                                   "convnet, or --size 32 for a folder")
+        else:
+            net = NETWORKS[name](shape, classes)
+            net.kind, net.depth = name, ""
+            if name == "alexnet" and norm != "batch":
+                net.features = nn.Sequential(*(layer for layer in net.features if not isinstance(layer, nn.BatchNorm2d)))
+        return replace_norms(net, norm)
+
+    return build
+
+
+def replace_norms(net, norm):
+    """Put `norm`, "instance" or "batch", where net has a norm of either kind; -> net."""
+    for name, layer in net.named_children():
+        if isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm)):
+            width = layer.weight.numel()
+            setattr(net, name, nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(width, width))
+        else:
+            replace_norms(layer, norm)
+    return net
+
+
+def first_pad(shape, kernel=3):
+    """Padding of a first convolution of stride 1: 28x28 digits become 32x32 maps, as in the ConvNet."""
+    return kernel // 2 + 2 * (tuple(shape) == (1, 28, 28))
+
+
+def build_alexnet(shape, classes):
+    """DC's AlexNet for small images: 5x5 convolutions without stride, one linear layer on 4x4 maps; 1,872,202 parameters
+    for 3x32x32 and 10 classes (without norms). torchvision's strides of 4 leave nothing of 32 pixels."""
+    layers, channels = [], shape[0]
+    for width, kernel, pool in ((128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True)):
+        pad = kernel // 2 if layers else first_pad(shape, kernel)
+        layers += [nn.Conv2d(channels, width, kernel, padding=pad), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] * pool
+        channels = width
+    return nn.Sequential(collections.OrderedDict(features=nn.Sequential(*layers), pool=nn.AdaptiveAvgPool2d(4),
+                                                 flatten=nn.Flatten(), classifier=nn.Linear(192 * 4 * 4, classes)))
+
+
+def build_vgg11(shape, classes):
+    """VGG11: torchvision's convolutions with norms, one linear layer in place of three; 9,231,114 parameters."""
+    from torchvision.models.vgg import cfgs, make_layers
+    features = make_layers(cfgs["A"], batch_norm=True)
+    features[0] = nn.Conv2d(shape[0], 64, 3, padding=first_pad(shape))
+    return nn.Sequential(collections.OrderedDict(features=features, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+                                                 classifier=nn.Linear(512, classes)))
+
+
+def build_resnet(blocks, average=False):
+    """torchvision's ResNet of basic blocks (2, 2, 2, 2: ResNet18, 11,173,962 parameters; 1, 1, 1, 1: ResNet10, 4,903,242),
+    up to 64 pixels with a 3x3 stem and no pool. average: ResNetAP (IDC), average pools in place of strides."""
+    def build(shape, classes):
+        from torchvision.models.resnet import BasicBlock, ResNet
+        net = ResNet(BasicBlock, blocks, num_classes=classes)
+        if shape[-1] <= 64:
+            net.conv1, net.maxpool = nn.Conv2d(shape[0], 64, 3, padding=first_pad(shape), bias=False), nn.Identity()
+        elif shape[0] != 3 or average:
+            net.conv1 = nn.Conv2d(shape[0], 64, 7, 1 if average else 2, padding=3, bias=False)
+            net.maxpool = nn.AvgPool2d(4) if average else net.maxpool
+        for block in net.modules():
+            if average and isinstance(block, BasicBlock) and block.stride == 2:
+                block.conv1.stride = block.downsample[0].stride = (1, 1)
+                block.conv2 = nn.Sequential(nn.AvgPool2d(2), block.conv2)
+                block.downsample = nn.Sequential(block.downsample[0], nn.AvgPool2d(2), block.downsample[1])
+        return net
+
+    return build
+
+
+def build_densenet121(shape, classes):
+    """torchvision's DenseNet121; up to 64 pixels with a 3x3 stem and no pool: 6,956,426 parameters."""
+    from torchvision.models import densenet121
+    net = densenet121(num_classes=classes)
+    if shape[-1] <= 64:
+        net.features.conv0 = nn.Conv2d(shape[0], 64, 3, padding=first_pad(shape), bias=False)
+        net.features.pool0 = nn.Identity()
+    elif shape[0] != 3:
+        net.features.conv0 = nn.Conv2d(shape[0], 64, 7, 2, padding=3, bias=False)
+    return net
+
+
+def build_efficientnet(shape, classes):
+    """torchvision's EfficientNet-B0, up to 64 pixels with a stem of stride 1: 4,020,358 parameters."""
+    from torchvision.models import efficientnet_b0
+    net = efficientnet_b0(num_classes=classes, stochastic_depth_prob=0.)
+    net.classifier = nn.Linear(net.classifier[1].in_features, classes)
+    small = shape[-1] <= 64
+    net.features[0][0] = nn.Conv2d(shape[0], 32, 3, 1 if small else 2, padding=first_pad(shape) if small else 1, bias=False)
+    return net
+
+
+NETWORKS = {"convnet": common.ConvNet, "alexnet": build_alexnet, "vgg11": build_vgg11,
+            "resnet18": build_resnet([2, 2, 2, 2]), "resnet10": build_resnet([1, 1, 1, 1]),
+            "resnetap10": build_resnet([1, 1, 1, 1], average=True), "densenet121": build_densenet121,
+            "efficientnet-b0": build_efficientnet}
+
+
+# ------------------------------------------------------------------------------------------ core-sets
+
+def train_features(data, data_dir, seed):
+    """Train a ConvNet on the real set, once for all runs with this `data_dir` -> (ConvNet, forgetting events (n,)).
+
+    SGD, lr 0.01, momentum 0.9, DSA. A forgetting event: a training image is classified rightly after an epoch and wrongly
+    after the next (Toneva et al. 2019, who look at it whenever it is in a batch). A kill costs the epoch under way."""
+    device = data.device
+    net = common.seeded((seed, "features"), common.ConvNet, data.shape, len(data.classes)).to(device)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    right, forgotten = (torch.zeros(len(data.train), device=device) for _ in range(2))
+    path = pathlib.Path(data_dir) / "coresets" / f"{data.name}_{data.preprocess.fingerprint[:-8]}_seed{seed}.ckpt"
+    same, watch = common.identity("core-sets", data, 0, {}, seed), {"loss": torch.zeros(())}
+    state = {"net": net, "sgd": sgd, "right": right, "forgotten": forgotten}
+    parameters = {name: p[None] for name, p in net.named_parameters()}  # one network side by side with itself
+    for epoch in common.iterations(FEATURE_EPOCHS, path, same, state, watch):
+        order = torch.randperm(len(data.train), generator=common.rng(seed, "features", epoch, device=device), device=device)
+        for step, index in enumerate(order.split(256)):
+            draw = common.draw_dsa(len(index), seed, "features", epoch, step, device=device, flip=data.flip)
+            sgd.zero_grad()
+            common.accumulate_gradient(net, parameters, common.dsa(data.train[index], *draw)[None],
+                                       data.train_labels[index][None])
+            sgd.step()
+        with torch.no_grad(), common.autocast(device):
+            now = torch.cat([net(x).argmax(1) for x in data.train.split(common.chunk_size(device))]) == data.train_labels
+        forgotten += right * ~now
+        right.copy_(now)
+        watch["loss"] = 1 - right.mean()
+    return net, forgotten
+
+
+def herding(features, count):
+    """Numbers (count,) of the rows of features (n, F) that, taken one after another, keep the mean of what was taken
+    nearest to the mean of all."""
+    mean, lengths, taken, total = features.mean(0), features.square().sum(1), [], torch.zeros_like(features[0])
+    for k in range(1, count + 1):
+        # || mean - (total + f) / k ||^2 = const + (||f||^2 - 2 f . (k mean - total)) / k^2
+        distance = lengths - 2 * features @ (k * mean - total)
+        taken.append(distance.index_fill(0, torch.stack(taken), torch.inf).argmin() if taken else distance.argmin())
+        total = total + features[taken[-1]]
+    return torch.stack(taken)
+
+
+def k_center(features, count):
+    """Numbers (count,) of rows of features (n, F): the one nearest to the mean, then, greedily, the one farthest from all
+    that were taken."""
+    taken = [(features - features.mean(0)).square().sum(1).argmin()]
+    nearest = torch.full_like(features[:, 0], torch.inf)
+    while len(taken) < count:
+        nearest = torch.minimum(nearest, (features - features[taken[-1]]).square().sum(1))
+        taken.append(nearest.argmax())
+    return torch.stack(taken)
+
+
+def choose_coreset(kind, data, ipc, data_dir, seed):
+    """Indices (C * ipc,) of training images in class order. Forgetting: those with the most forgetting events, ties at
+    random; images that were never right have none. Raises UserError where a class has fewer than ipc images."""
+    data.random_real(ipc)  # enough images? before the network is trained
+    net, forgotten = train_features(data, data_dir, seed)
+    chosen = []
+    for label in range(len(data.classes)):
+        members = torch.nonzero(data.train_labels == label)[:, 0]
+        if kind == "forgetting":
+            tie = torch.rand(len(members), generator=common.rng(seed, "ties", label)).to(data.device)
+            chosen.append(members[(forgotten[members] + tie).topk(ipc).indices])
+        else:
+            features = common.features(net, data.train[members])
+            chosen.append(members[{"herding": herding, "k-center": k_center}[kind](features, ipc)])
+    return torch.cat(chosen)
+
+
+def open_coreset(kind, data, ipc, args):
+    """A core-set in the form of a distilled file and its sampler -> (dict, draw, count)."""
+    if kind == "whole":
+        sets = [(data.train, data.train_labels)]
+    elif kind == "random":  # other images for every network, those that all other sets are compared with
+        sets = [data.random_real(ipc, args.seed, "random real", run) for run in range(args.runs)]
+    else:
+        index = choose_coreset(kind, data, ipc, args.data_dir, args.seed)
+        sets = [(data.train[index], data.train_labels[index])]
+    per_class = len(sets[0][0]) / len(data.classes)
+    described = {"method": kind, "dataset": data.name, "per_class": round(per_class), "step_size": None, "settings": {},
+                 "stored_per_class": per_class * math.prod(data.shape), "iterations": 0, "seconds": 0, "seed": args.seed}
+
+    def draw(run, index, *key):
+        images, labels = sets[run % len(sets)]
+        return images[index], labels[index]
+
+    return described, draw, len(sets[0][0])
+
+
+# ------------------------------------------------------------------------------------------ scores
+
+@dataclasses.dataclass
+class Set:
+    """What can be scored: a distilled file or a core-set. draw and count are its sampler, as in common.train_and_test."""
+    stem: str
+    data: common.Dataset
+    described: dict
+    draw: object
+    count: int
+    method: object = None  # the module of a distilled file
+
+    def protocol(self, name, args):
+        """The method's protocol with network `name` (None: its own) and the norm and augmentation of the flags."""
+        found = getattr(self.method, "PROTOCOL", common.PROTOCOL)
+        found = dict(found(self.count) if callable(found) else found)
+        if name or args.norm == "batch":
+            found["network"] = build_network(name or "convnet", args.norm)
+        return found | ({"augment": ()} if args.no_dsa else {})
+
+
+def open_sets(args):
+    """Load all files and core-sets of the command line -> list of Set. Raises UserError for one that does not fit."""
+    device, datasets, sets = common.pick_device(args.device), {}, []
+
+    def load(*key):
+        if key not in datasets:
+            datasets[key] = common.load_dataset(key[0], args.data_dir, key[2], key[1], device)
+        return datasets[key]
+
+    for path in args.files:
+        distilled = common.load_distilled(path)
+        if distilled["method"] not in METHODS:
+            raise common.UserError(f"{path} was made by {distilled['method']!r}, which is none of {', '.join(METHODS)}")
+        zca = {"zca": True, "zca-trace": "trace"}.get(distilled["preprocess"], False)
+        data = load(args.dataset or distilled["dataset"], args.size or distilled["settings"]["size"], zca)
+        common.check_fit(path, distilled, data)
+        method = importlib.import_module(distilled["method"])  # its sampler turns what is stored into training images
+        draw, count = method.sampler(distilled, data.device)
+        sets.append(Set(pathlib.Path(path).stem, data, distilled, draw, count, method))
+    for kind in args.coreset or ():
+        if not (args.dataset or sets):
+            raise common.UserError("--coreset needs the data set that it is taken from: add --dataset, e.g. cifar10")
+        data = load(args.dataset or sets[0].described["dataset"], args.size, False)  # never whitened, as in the papers
+        described, draw, count = open_coreset(kind, data, args.ipc, args)
+        sets.append(Set(f"{kind}_{data.name}_ipc{args.ipc}", data, described, draw, count))
+    for one in sets:  # a network that does not fit is told before the hours of the others
+        for name in args.network or (None,):
+            network_label(one.protocol(name, args), one.data)
+    return sets
+
+
+def network_label(protocol, data):
+    """What a protocol's network for `data` is called in results, e.g. convnet3, resnet18, and its norm."""
+    with torch.device("meta"):
+        net = protocol["network"](data.shape, len(data.classes))
+    kinds = {nn.BatchNorm2d: "batch", nn.GroupNorm: "instance"}
+    norms = [kinds[type(layer)] for layer in net.modules() if type(layer) in kinds]
+    return f"{net.kind}{net.depth}", norms[0] if norms else "none"
+
+
+def score_sets(sets, args):
+    """A row for every set, network and budget: printed, and a line in OUT/results.jsonl -> list of those lines."""
+    known, lines = {}, []
+    for one in sets:
+        for name in args.network or (None,):
+            protocol = one.protocol(name, args)
+            label, norm = network_label(protocol, one.data)
+            for steps in args.steps or (None,):
+                epochs = args.epochs or protocol["epochs"]
+                if steps:
+                    epochs = max(1, round(steps / math.ceil(one.count / protocol["batch"])))
+                elif one.described["method"] == "whole":
+                    epochs = min(epochs, WHOLE_EPOCHS)
+                # Sets of the same storage are compared with the same random images: those are trained on once.
+                storage = math.ceil(one.described["stored_per_class"] / math.prod(one.data.shape))
+                key = (one.data.preprocess.fingerprint, label, norm, storage, protocol["adam"],
+                       steps or epochs / protocol["epochs"])
+                random = {} if one.described["method"] in ("random", "whole") else known.get(key)
+                line = common.score(one.data, one.described | {"network": label}, one.draw, one.count, out_folder(args),
+                                    epochs, args.runs, args.seed, protocol, steps, random, args.together,
+                                    {"norm": norm} | ({"steps": steps} if steps else {}))
+                if one.described["method"] != "whole":
+                    known[key] = {name: value for name, value in line.items() if name.startswith("random_")}
+                lines.append(line)
+    if args.steps:
+        curves = {}
+        for line in lines:
+            for what, at, spread in (("", "accuracy", "std"), (", random real", "random_accuracy", "random_std")):
+                curve = curves.setdefault(f"{line['method']} {line['per_class']}, {line['network']}{what}", [])
+                curve.append((line["steps"], line[at], line[spread]))
+        draw_curves(out_folder(args) / "steps.png", "accuracy over the training budget", "SGD steps", curves)
+    return lines
+
+
+def out_folder(args):
+    """--out, or the folder of the first file, or out."""
+    return pathlib.Path(args.out or (pathlib.Path(args.files[0]).parent if args.files else "out"))
+
+
+# ------------------------------------------------------------------------------------------ the table
+
+def paper_number(line, targets):
+    """The paper's accuracy for a line of results: "48.3 +- 0.8 (haba Tab.1 (BPC 1))", or "" where there is none. HaBa's
+    rows are found by their bases a class, the others' by images."""
+    if line.get("norm") == "batch" or not line.get("augment", True) or line.get("steps"):
+        return ""
+    for row in targets:
+        bases = re.search(r"BPC (\d+)", row["source"])
+        if (row["method"].replace("kcenter", "k-center"), row["dataset"], row["network"],
+                int(bases[1] if bases and row["method"] == "haba" else row["images_per_class"])) == (
+                line["method"].split("_")[0], line["dataset"], line["network"], line["per_class"]):
+            return f"{row['mean']} +- {row['std']} ({row['source']})"
+    return ""
+
+
+def markdown_table(lines):
+    """Lines of results.jsonl as a Markdown table, core-sets first; of the same row scored twice the last one counts."""
+    path = pathlib.Path(__file__).parent / "results" / "targets.csv"
+    targets = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+    rows = {}
+    for line in lines:
+        order = CORESETS.index(line["method"]) if line["method"] in CORESETS else len(CORESETS)
+        key = (line["dataset"], line["network"], line.get("norm", "instance"), not line.get("augment", True), order,
+               line["method"], line["per_class"], line["iterations"], line["epochs"], line["runs"])
+        gain = line.get("gain", round(line["accuracy"] - line["random_accuracy"], 2))
+        rows[key] = (line["dataset"], line["method"], line["per_class"], line["network"], key[2], "no" if key[3] else "yes",
+                     line["iterations"] or "", f"{line['runs']} x {line['epochs']}",
+                     f"{line['accuracy']:.2f} +- {line['std']:.2f}",
+                     f"{line['random_accuracy']:.2f} +- {line['random_std']:.2f} ({line['random_images_per_class']})",
+                     f"{gain:+.2f}", paper_number(line, targets))
+    head = ("data", "set", "a class", "network", "norm", "DSA", "iterations", "runs x epochs", "accuracy",
+            "random real (a class)", "gain", "the paper")
+    return "\n".join("| " + " | ".join(map(str, row)) + " |"
+                     for row in (head, ["---"] * len(head), *(rows[key] for key in sorted(rows)))) + "\n"
+
+
+def read_results(path):
+    """The scores in a results.jsonl -> list of dicts. Raises UserError where it is missing or broken."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [line for line in lines if "kind" not in line]  # corruption and continual learning have other rows
+    except FileNotFoundError:
+        raise common.UserError(f"{path} does not exist: score something first, or give its folder with --out") from None
+    except ValueError:
+        raise common.UserError(f"{path} has a line that is not JSON: remove that line") from None
+
+
+# ------------------------------------------------------------------------------------------ corrupted test images
+
+# Levels 1 to 5 of CIFAR-10-C's gaussian noise, gaussian blur and contrast, as its authors' code has them.
+MADE = {"noise": (.04, .06, .08, .09, .10), "blur": (.4, .6, .7, .8, 1.), "contrast": (.75, .5, .4, .3, .15)}
+
+
+def corrupt(pixels, kind, level, *key):
+    """Pixels (n, c, h, w) in [0, 1] -> the same corrupted, level 1 to 5, in 256 steps."""
+    strength = MADE[kind][level - 1]
+    if kind == "noise":
+        noise = torch.randn(pixels.shape, generator=common.rng("corruption", level, *key)).to(pixels.device)
+        pixels = pixels + strength * noise
+    elif kind == "blur":
+        from torchvision.transforms.functional import gaussian_blur
+        pixels = gaussian_blur(pixels, 5, strength)
+    else:
+        level_of = pixels.mean((2, 3), keepdim=True)
+        pixels = level_of + strength * (pixels - level_of)
+    return (pixels.clamp(0, 1) * 255).round() / 255
+
+
+def load_corruptions(where, data):
+    """Corrupted test images -> ({kind: level 1..5 -> preprocessed images (n, c, h, w)}, labels (n,)).
+
+    where: "made", or a folder in the layout of CIFAR-10-C: KIND.npy (5 n, h, w, c) uint8, the levels one after another,
+    and labels.npy (5 n,), numbers in alphabetical order of the classes. Raises UserError."""
+    if where == "made":
+        def make(kind, level):
+            return torch.cat([data.preprocess(corrupt(data.preprocess.undo(part).clamp(0, 1), kind, level, i))
+                              for i, part in enumerate(data.test.split(2048))])
+        return {kind: (lambda level, kind=kind: make(kind, level)) for kind in MADE}, data.test_labels
+    folder, arrays = pathlib.Path(where), {}
+    try:
+        labels = torch.from_numpy(np.load(folder / "labels.npy")).long().to(data.device)
+        for path in sorted(folder.glob("*.npy")):
+            if path.name != "labels.npy":
+                arrays[path.stem] = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        raise common.UserError(f"--corruption {where} cannot be read: give a folder with labels.npy and a .npy for each "
+                               "corruption, as in CIFAR-10-C, or made") from None
+    c, h, w = data.shape
+    for kind, array in arrays.items():
+        if array.shape != (len(labels), h, w, c) or len(labels) % 5:
+            raise common.UserError(f"{folder / kind}.npy has shape {array.shape}, not ({len(labels)}, {h}, {w}, {c}), 5 "
+                                   "levels: take the corruptions of the data set that the file was distilled from")
+    if not arrays:
+        raise common.UserError(f"{folder} has no corruption beside labels.npy: put KIND.npy files there")
+    n = len(labels) // 5
+
+    def read(kind, level):
+        part = torch.from_numpy(np.array(arrays[kind][n * (level - 1):n * level])).permute(0, 3, 1, 2)
+        return data.preprocess(part.to(data.device))
+    return {kind: (lambda level, kind=kind: read(kind, level)) for kind in arrays}, labels[:n]
+
+
+def score_corruption(sets, args):
+    """Accuracy on corrupted test images, mean over corruptions, level 0 (clean) to 5, of networks trained on each set and
+    on random real images of the same storage (HaBa supplement, Fig. 2): lines in results.jsonl, and a curve."""
+    curves = {}
+    for one in sets:
+        kinds, labels = load_corruptions(args.corruption, one.data)
+        for name in args.network or (None,):
+            protocol = one.protocol(name, args)
+            label, norm = network_label(protocol, one.data)
+            epochs = args.epochs or protocol["epochs"]
+            epochs = min(epochs, WHOLE_EPOCHS) if one.described["method"] == "whole" else epochs
+
+            def test(net, parameters):  # -> accuracies (kinds, 6)
+                clean = common.accuracy(net, parameters, one.data.test, one.data.test_labels)
+                return [[clean] + [common.accuracy(net, parameters, images(level), labels) for level in range(1, 6)]
+                        for images in kinds.values()]
+
+            found = common.train_and_test(one.data, one.draw, one.count, protocol, one.described["step_size"], epochs,
+                                          args.runs, args.seed, args.together, test)
+            results = [(one.described["method"], one.described["per_class"], found)]
+            if one.described["method"] not in ("random", "whole"):
+                per_class, _, found = common.score_random(one.data, one.described["stored_per_class"], protocol, epochs,
+                                                          args.runs, args.seed, None, args.together, test)
+                results.append(("random", per_class, found))
+            for method, per_class, found in results:
+                levels = np.array(found).mean(1)                                       # (runs, 6)
+                each = {kind: np.array(found)[:, i].mean(0).round(2).tolist() for i, kind in enumerate(kinds)}
+                line = {"kind": "corruption", "method": method, "dataset": one.data.name, "per_class": per_class,
+                        "network": label, "norm": norm, "augment": not args.no_dsa, "runs": args.runs, "epochs": epochs,
+                        "level_accuracy": levels.mean(0).round(2).tolist(), "level_std": levels.std(0).round(2).tolist(),
+                        "corruptions": each, "folder": args.corruption, "scoring_seed": args.seed}
+                common.append_line(json.dumps(line), out_folder(args) / "results.jsonl")
+                print(f"{method} {per_class} a class, {label}: clean, then level 1 to 5 (mean of {len(kinds)} corruptions): "
+                      + ", ".join(f"{a:.2f}" for a in line["level_accuracy"]))
+                curves[f"{method} {per_class}, {label}"] = list(zip(range(6), line["level_accuracy"], line["level_std"]))
+    draw_curves(out_folder(args) / "corruption.png", "accuracy on corrupted test images", "level of corruption", curves)
+
+
+# ------------------------------------------------------------------------------------------ continual learning
+
+def restrict(data, classes):
+    """The images of some classes (a list of numbers), numbered anew in that order -> Dataset. Its fingerprint is its own:
+    experts, means and checkpoints of other classes are not taken for its."""
+    new = torch.full((len(data.classes),), -1, device=data.device)
+    new[torch.tensor(classes)] = torch.arange(len(classes), device=data.device)
+    of_train, of_test = new[data.train_labels] >= 0, new[data.test_labels] >= 0
+    old = data.preprocess.fingerprint
+    digest = hashlib.sha256(f"{old} {classes}".encode()).hexdigest()[:16]
+    return dataclasses.replace(
+        data, classes=[data.classes[c] for c in classes], train=data.train[of_train],
+        train_labels=new[data.train_labels][of_train], test=data.test[of_test], test_labels=new[data.test_labels][of_test],
+        preprocess=dataclasses.replace(data.preprocess, fingerprint=f"{data.preprocess.kind}-{digest}"))
+
+
+def distil_stage(method, part, settings, args, path, first):
+    """Distil the classes of one stage with the method's own function, or read what an earlier run left in `path`
+    -> distilled dict. first: of KFS the first stage's, whose decoders the others keep (its appendix A). Raises UserError
+    where `path` was made with other settings."""
+    if path.exists():
+        distilled = common.load_distilled(path)
+        common.check_fit(path, distilled, part)
+        if (distilled["settings"], distilled["seed"], distilled["per_class"]) != (settings, args.seed, args.ipc):
+            raise common.UserError(f"{path} was distilled with other settings: remove its folder or take another --out")
+        return distilled
+    checkpoint, step_size, protocol = path.with_suffix(".ckpt"), None, common.PROTOCOL
+    if method.METHOD == "kfs":
+        decoders = first and method.open_decoders(first, part.device)[1]
+        codes, decoders, seconds = method.distill(part, args.ipc, settings, args.seed, checkpoint, None, decoders)
+        tensors = {"codes": codes} | {f"decoders.{name}": p for name, p in decoders.named_parameters()}
+    elif "experts" in settings and settings.get("objective", "mtt") == "mtt":
+        experts = common.load_experts(part, args.data_dir, settings["experts"],
+                                      settings["max_start"] + settings["expert_epochs"], args.seed)
+        tensors, step_size, seconds = method.distill(part, args.ipc, settings, args.seed, experts, checkpoint)
+    else:
+        tensors, seconds = method.distill(part, args.ipc, settings, args.seed, checkpoint)
+    if callable(getattr(method, "PROTOCOL", None)):
+        protocol = method.PROTOCOL(args.ipc * len(part.classes))
+    return common.save_distilled(path, part, method.METHOD, args.ipc, tensors, step_size, settings, seconds, args.seed,
+                                 protocol)
+
+
+def stage_settings(method, data, args):
+    """The method's own settings for the data set and budget, with --set name=value in their place. Raises UserError."""
+    name, table = pathlib.Path(args.dataset).name, method.SETTINGS
+    if method.METHOD == "kfs":
+        settings = method.PAPER | table.get((name, args.ipc), method.layout(data.shape, args.ipc))
+    else:
+        settings = getattr(method, "PAPER", {}) | common.settings_for(table, args.dataset, args.ipc)
+    settings.pop("lr_from_100", None)
+    for text in args.set or ():
+        key, _, value = text.partition("=")
+        if key not in settings:
+            raise common.UserError(f"--set {text}: {method.METHOD} has no such setting; it has {', '.join(settings)}")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            raise common.UserError(f"--set {text}: give a number, true or false, e.g. iterations=100") from None
+    return settings | {"size": args.size}
+
+
+def join_samplers(parts, device):
+    """Samplers of stages (draw, count, classes) as one -> (draw, count). Labels are numbered through; a soft label gets
+    its own lowest number for the classes of other stages."""
+    counts, classes = [count for _, count, _ in parts], [n for _, _, n in parts]
+    ends, width = np.cumsum(counts), sum(classes)
+
+    def draw(run, index, *key):
+        images, labels = [], []
+        for stage, (one, count, n) in enumerate(parts):
+            own = index[(index >= ends[stage] - count) & (index < ends[stage])] - (ends[stage] - count)
+            if len(own) == 0:
+                continue
+            x, y = one(run, own, *key, stage)
+            before = sum(classes[:stage])
+            if y.ndim == 2:
+                wide = y.min(1, keepdim=True).values.expand(-1, width).clone()
+                wide[:, before:before + n] = y
+            images.append(x)
+            labels.append(wide if y.ndim == 2 else y + before)
+        return torch.cat(images), torch.cat(labels)
+
+    return draw, int(ends[-1])
+
+
+def continual(args):
+    """Classes come --classes-per-step at a time in --orders random orders (numpy seeds 0, 1, ...): only the new ones are
+    distilled, a fresh network is trained on all distilled sets so far and tested on all classes seen. Beside it random
+    real images of the same storage. Distilled files and scores of every stage are kept: the same command goes on."""
+    if not args.dataset:
+        raise common.UserError("--continual needs a data set: add --dataset, e.g. mnist")
+    method = importlib.import_module(args.continual)
+    if not hasattr(method, "distill"):
+        raise common.UserError(f"--continual {args.continual}: it has no stages that could be distilled; take dm, haba, ...")
+    device = common.pick_device(args.device)
+    name = pathlib.Path(args.dataset).name
+    plain = common.settings_for(method.SETTINGS, args.dataset, args.ipc) if args.continual != "kfs" else {"zca": False}
+    data = common.load_dataset(args.dataset, args.data_dir, plain["zca"], args.size, device)
+    settings = stage_settings(method, data, args)
+    classes, per_step = len(data.classes), args.classes_per_step
+    folder = out_folder(args) / f"continual_{args.continual}_{name}_{args.ipc}_by{per_step}"
+    scores = {}                                                            # {network: [order][stage] -> (ours, random)}
+    for order in range(args.orders):
+        permutation = np.random.RandomState(order).permutation(classes).tolist()
+        stages, parts = [permutation[i:i + per_step] for i in range(0, classes, per_step)], []
+        kept = []
+        for stage, new in enumerate(stages):
+            path = folder / f"order{order}_stage{stage}.pt"
+            print(f"order {order}, stage {stage + 1} of {len(stages)}: {', '.join(data.classes[c] for c in new)}", flush=True)
+            part = restrict(data, new)
+            kept.append(distil_stage(method, part, settings, args, path, kept[0] if kept else None))
+            parts.append((*method.sampler(kept[-1], device), len(new)))
+            seen = restrict(data, permutation[:stage * per_step + len(new)])
+            for network in args.network or (None,):
+                label, found = score_stage(method, seen, parts, kept, network, args, path)
+                rows = scores.setdefault(label, [[] for _ in range(args.orders)])
+                rows[order].append(found)
+    curves = {}
+    for label, rows in scores.items():
+        table = np.array(rows)                                             # (orders, stages, 2)
+        mean, std = table.mean(0), table.std(0)
+        seen = [min((stage + 1) * per_step, classes) for stage in range(len(mean))]
+        line = {"kind": "continual", "method": args.continual, "dataset": name, "per_class": args.ipc, "network": label,
+                "classes_seen": seen, "orders": args.orders, "stage_accuracy": mean[:, 0].round(2).tolist(),
+                "stage_std": std[:, 0].round(2).tolist(), "random_accuracy": mean[:, 1].round(2).tolist(),
+                "random_std": std[:, 1].round(2).tolist(), "runs": args.runs, "epochs": args.epochs,
+                "norm": args.norm, "augment": not args.no_dsa, "settings": settings, "scoring_seed": args.seed}
+        common.append_line(json.dumps(line), out_folder(args) / "results.jsonl")
+        for i, what in enumerate((args.continual, "random real")):
+            curves[f"{what}, {label}"] = list(zip(seen, mean[:, i], std[:, i]))
+            print(f"{what}, {label}, accuracy on {seen} classes: "
+                  + ", ".join(f"{m:.2f} +- {s:.2f}" for m, s in zip(mean[:, i], std[:, i])))
+    draw_curves(folder.with_suffix(".png"), f"continual learning, {name}, {args.ipc} a class, {args.orders} orders",
+                "classes seen", curves)
+
+
+def score_stage(method, seen, parts, kept, network, args, path):
+    """Train on all distilled sets so far, test on all classes seen; the same with random real images of the same storage
+    -> (network's label, (accuracy, accuracy of random)), kept in a file beside `path`."""
+    draw, count = join_samplers(parts, seen.device)
+    one = Set(path.stem, seen, kept[-1], draw, count, method)
+    protocol = one.protocol(network, args)
+    label, norm = network_label(protocol, seen)
+    epochs = args.epochs or protocol["epochs"]
+    setting = {"network": label, "norm": norm, "augment": not args.no_dsa, "runs": args.runs, "epochs": epochs,
+               "seed": args.seed, "seconds": [distilled["seconds"] for distilled in kept]}  # others: another distillation
+    record = path.with_name(f"{path.stem}_{label}_{norm}{'_no-dsa' * args.no_dsa}.json")
+    if record.exists():
+        stored = json.loads(record.read_text())
+        if stored["setting"] == setting:
+            return label, stored["accuracy"]
+    rates = [distilled["step_size"] for distilled in kept]  # learned in every stage: their mean
+    lr = None if None in rates else sum(rates) / len(rates)
+    found = common.train_and_test(seen, draw, count, protocol, lr, epochs, args.runs, args.seed, args.together)
+    storage = sum(d["stored_per_class"] * len(d["classes"]) for d in kept) / len(seen.classes)
+    _, _, random = common.score_random(seen, storage, protocol, epochs, args.runs, args.seed, None, args.together)
+    accuracy = [float(np.mean(found)), float(np.mean(random))]
+    common.write(json.dumps({"setting": setting, "accuracy": accuracy}).encode(), record)
+    return label, accuracy
+
+
+# ------------------------------------------------------------------------------------------ pictures
+
+PALETTE = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+
+
+def write_image(image, path):
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    common.write(buffer.getvalue(), path)
+    print(f"wrote {path}")
+
+
+def name_rows(path, classes):
+    """Put the class names to the left of a picture whose rows are in class order."""
+    from PIL import Image, ImageDraw, ImageFont
+    with Image.open(path) as picture:
+        picture = picture.convert("RGB")
+    font = ImageFont.load_default(18)
+    margin = 16 + int(max(font.getlength(name) for name in classes))
+    named = Image.new("RGB", (picture.width + margin, picture.height), "white")
+    named.paste(picture, (margin, 0))
+    for i, name in enumerate(classes):
+        ImageDraw.Draw(named).text((8, picture.height * (i + .5) / len(classes)), name, "black", font, anchor="lm")
+    write_image(named, path)
+
+
+def draw_pictures(sets, args):
+    """--picture: `images`, a row a class; `factors`, what HaBa and KFS make images of; `plane`, a PCA of features."""
+    for one in sets:
+        for kind in args.picture:
+            path = out_folder(args) / f"{one.stem}_{kind}.png"
+            if kind == "plane":
+                draw_plane(path, one, args)
+                continue
+            if kind == "images":
+                index, labels = first_of_class(one, 10)
+                images, _ = one.draw(0, index, args.seed, "picture")
+                common.save_picture(path, one.data, images, len(index) // len(one.data.classes))
+            elif one.described["method"] == "haba":
+                one.method.picture(path, one.data, one.described)
+            elif one.described["method"] == "kfs":
+                one.method.picture(path, one.data, *one.method.open_decoders(one.described, one.data.device))
+            else:
+                raise common.UserError(f"{one.stem} has no factors: bases and codes are in files of haba.py and kfs.py")
+            name_rows(path, one.data.classes)
+
+
+def first_of_class(one, most):
+    """Entries of a set in class order, as many of every class (at most `most`) -> (indices, class numbers)."""
+    every = torch.arange(one.count, device=one.data.device)
+    labels = torch.cat([one.draw(0, part, "labels")[1] for part in every.split(4096)])
+    labels = labels.argmax(1) if labels.ndim == 2 else labels
+    count = min([most, *labels.bincount(minlength=len(one.data.classes)).tolist()])
+    index = torch.cat([torch.nonzero(labels == c)[:count, 0] for c in range(len(one.data.classes))])
+    return index, labels[index]
+
+
+def draw_plane(path, one, args):
+    """Real images (dots) and those of the set (squares) by the first two principal components of the real ones'
+    features, in a network trained on the real set. The papers use t-SNE, which bends distances; a plane does not."""
+    from PIL import Image, ImageDraw, ImageFont
+    net, _ = train_features(one.data, args.data_dir, args.seed)
+    real, labels = one.data.random_real(min(200, one.data.train_labels.bincount().min().item()), "plane")
+    index, own_labels = first_of_class(one, 50)
+    real, own = common.features(net, real), common.features(net, one.draw(0, index, args.seed, "plane")[0])
+    mean = real.mean(0)
+    axes = torch.linalg.svd(real - mean, full_matrices=False)[2][:2].T          # (F, 2)
+    points, own_points = ((f - mean) @ axes for f in (real, own))
+    low, high = (torch.stack([f(0).values for f in (torch.cat([points, own_points]).min,
+                                                    torch.cat([points, own_points]).max)]))
+    side, margin = 1400, 60
+    place = lambda p: ((p - low) / (high - low) * (side - 2 * margin) + margin).cpu().tolist()  # noqa: E731
+    font = ImageFont.load_default(30)
+    image = Image.new("RGB", (side + 300, side), "white")
+    pen = ImageDraw.Draw(image)
+    for (x, y), label in zip(place(points), labels.tolist()):
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), lighten(PALETTE[label % 10]))
+    for (x, y), label in zip(place(own_points), own_labels.tolist()):
+        pen.rectangle((x - 9, y - 9, x + 9, y + 9), PALETTE[label % 10], "black", 2)
+    for i, name in enumerate(one.data.classes[:30]):
+        pen.rectangle((side + 10, 60 + 44 * i, side + 34, 84 + 44 * i), PALETTE[i % 10])
+        pen.text((side + 46, 72 + 44 * i), name, "black", font, anchor="lm")
+    pen.text((margin, 30), f"features of real images (dots) and of {one.described['method']} (squares), PCA", "black", font,
+             anchor="lm")
+    write_image(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS), path)
+
+
+def lighten(colour):
+    """A colour "#rrggbb" half way to white."""
+    return "#" + "".join(f"{(int(colour[i:i + 2], 16) + 255) // 2:02x}" for i in (1, 3, 5))
+
+
+def draw_curves(path, title, x_label, curves):
+    """Accuracy curves with their spread as a PNG. curves: {name: [(x, mean, std), ...]}."""
+    from PIL import Image, ImageDraw, ImageFont
+    xs = sorted({x for curve in curves.values() for x, _, _ in curve})
+    tops = [m + s for curve in curves.values() for _, m, s in curve]
+    bottoms = [m - s for curve in curves.values() for _, m, s in curve]
+    low, high = 10 * math.floor(max(0, min(bottoms)) / 10), 10 * math.ceil(max(tops) / 10)
+    scale = math.log if min(xs) > 0 and max(xs) / min(xs) > 20 else float        # budgets of 100 to 10000 steps
+    left, top, width, height = 160, 100, 1100, 760
+    image = Image.new("RGB", (left + width + 60, top + height + 160 + 44 * len(curves)), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(32)
+
+    def place(x, y):
+        across = (scale(x) - scale(xs[0])) / ((scale(xs[-1]) - scale(xs[0])) or 1)
+        return left + width * (.03 + .94 * across), top + height * (1 - (y - low) / ((high - low) or 1))
+
+    pen.text((left, 50), title, "black", font, anchor="lm")
+    for y in range(low, high + 1, 10):
+        at = place(xs[0], y)[1]
+        pen.line((left, at, left + width, at), "#dddddd", 2)
+        pen.text((left - 16, at), f"{y} %", "black", font, anchor="rm")
+    for x in xs:
+        pen.text((place(x, 0)[0], top + height + 30), f"{x:g}", "black", font, anchor="mm")
+    pen.text((left + width / 2, top + height + 80), x_label, "black", font, anchor="mm")
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = PALETTE[i % len(PALETTE)]
+        points = [place(x, mean) for x, mean, _ in curve]
+        pen.line(points, colour, 6, "curve")
+        for (x, mean, std), (px, py) in zip(curve, points):
+            above, below = place(x, mean + std)[1], place(x, mean - std)[1]
+            pen.line((px, above, px, below), colour, 3)
+            pen.line((px - 10, above, px + 10, above), colour, 3)
+            pen.line((px - 10, below, px + 10, below), colour, 3)
+            pen.ellipse((px - 8, py - 8, px + 8, py + 8), colour)
+        at = top + height + 140 + 44 * i
+        pen.line((left, at, left + 60, at), colour, 6)
+        pen.text((left + 80, at), name, "black", font, anchor="lm")
+    write_image(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS), path)
+
+
+# ------------------------------------------------------------------------------------------ command line
 
 def main():
-    parser = argparse.ArgumentParser(description="Score a distilled file.", formatter_class=common.HelpFormatter)
-    parser.add_argument("file", help="a distilled file, e.g. out/haba_cifar10_bpc9.pt")
-    parser.add_argument("--dataset", help="where the real data are, if not under the name in the file")
-    parser.add_argument("--data-dir", default="data", help="data sets and caches live here (data)")
-    parser.add_argument("--size", type=common.positive, help="resize and crop a folder's pictures (as in the file)")
-    parser.add_argument("--seed", type=int, default=0, help="starts of the networks, order, augmentation (0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--out", help="folder for results.jsonl (the file's)")
+    parser = argparse.ArgumentParser(description="Score distilled files and core-sets.", formatter_class=common.HelpFormatter)
+    add = parser.add_argument
+    add("files", nargs="*", help="distilled files, e.g. out/haba_cifar10_bpc9.pt")
+    add("--coreset", nargs="+", choices=CORESETS, metavar="NAME", help=f"sets of real images to score: {', '.join(CORESETS)}")
+    add("--ipc", type=common.positive, default=1, help="images a class of core-sets; storage with --continual (1)")
+    add("--dataset", help="where the real data are, if not under the name in the file")
+    add("--data-dir", default="data", help="data sets and caches live here (data)")
+    add("--size", type=common.positive, help="resize and crop a folder's pictures (as in the file)")
+    add("--network", nargs="+", choices=NETWORKS, metavar="NAME",
+        help="a row for each of: " + " ".join(NETWORKS) + " (the method's own)")
+    add("--norm", choices=("instance", "batch"), default="instance", help="the networks' norm (instance)")
+    add("--no-dsa", action="store_true", help="train without augmentation")
+    add("--steps", type=common.positive, nargs="+", help="accuracy after training for as many SGD steps, and its curve")
+    add("--corruption", help="accuracy on corrupted test images: a folder like CIFAR-10-C, or made (here)")
+    add("--continual", choices=METHODS, metavar="METHOD", help="this method distils the classes of --dataset a few at a time")
+    add("--classes-per-step", type=common.positive, default=2, metavar="N", help="new classes in a stage of --continual (2)")
+    add("--orders", type=common.positive, default=5, help="orders of the classes with --continual (5)")
+    add("--set", nargs="+", metavar="NAME=VALUE", help="settings of the method with --continual, e.g. iterations=100")
+    add("--picture", nargs="+", choices=("images", "factors", "plane"), metavar="NAME", help="draw instead of scoring: images, factors, plane")
+    add("--table", action="store_true", help="Markdown table of OUT/results.jsonl, kept as OUT/table.md")
+    add("--together", choices=("yes", "no"), help="train a row's networks side by side (on a GPU yes, on a CPU no)")
+    add("--seed", type=int, default=0, help="starts of the networks, order, augmentation (0)")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--out", help="folder for results.jsonl (the first file's, or out)")
     common.add_scoring_arguments(parser)
     args = parser.parse_args()
+    args.together = {"yes": True, "no": False}.get(args.together)
 
-    distilled = common.load_distilled(args.file)
-    if distilled["method"] not in METHODS:
-        raise common.UserError(f"{args.file} was made by {distilled['method']!r}, which is none of {', '.join(METHODS)}")
-    zca = {"zca": True, "zca-trace": "trace"}.get(distilled["preprocess"], False)
-    data = common.load_dataset(args.dataset or distilled["dataset"], args.data_dir, zca, args.size
-                               or distilled["settings"]["size"], common.pick_device(args.device))
-    common.check_fit(args.file, distilled, data)
-    method = importlib.import_module(distilled["method"])  # its sampler turns what is stored into training images
-    out = args.out or pathlib.Path(args.file).parent
-    common.score(data, distilled, *method.sampler(distilled, data.device), out, args.epochs, args.runs, args.seed,
-                 getattr(method, "PROTOCOL", common.PROTOCOL))
+    if args.continual:
+        continual(args)
+    elif args.files or args.coreset:
+        sets = open_sets(args)
+        if args.picture:
+            draw_pictures(sets, args)
+        elif args.corruption:
+            score_corruption(sets, args)
+        else:
+            score_sets(sets, args)
+    elif not args.table:
+        raise common.UserError("nothing to score: give distilled files, --coreset, --continual or --table")
+    if args.table:
+        table = markdown_table(read_results(out_folder(args) / "results.jsonl"))
+        common.write(table.encode(), out_folder(args) / "table.md")
+        print(table, end="")
 
 
 if __name__ == "__main__":
