@@ -59,7 +59,7 @@ def pick_device(name):
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} cannot be used here: take --device cpu or cuda") from None
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True  # convolutions alone: whitening and ridge regression stay float32
         torch.backends.cudnn.benchmark = True
     return device
 
@@ -769,10 +769,45 @@ def match_means(net, real, images, part=None, half=False, room=2048):
     return gap.square().sum(1), torch.cat(gradient)
 
 
+# ------------------------------------------------------------------------------------------ gradient matching
+
+def gradient_distance(ours, theirs):
+    """D of survey Eq. (22) for two lists of gradients, one (out, ...) a layer -> 0-d. As in the authors' code biases and
+    norms, (out,), do not count, and 1e-6 is added to the norms' product: a dead channel's is 0."""
+    total = 0
+    for a, b in zip(ours, theirs):
+        if a.ndim > 1:
+            a, b = a.flatten(1), b.flatten(1)  # A_i, B_i
+            total = total + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)).sum()  # Eq. (23)
+    return total
+
+
+def match_gradients(net, theta, real, images, classes, augment=lambda x, c: x):
+    """Compare the gradients that each class gives a network (DC, survey Eq. 24), and differentiate.
+
+    theta (P,): net's parameters. real (C * R, c, h, w), images (C * n, c, h, w), both in class order; the graph that
+    images hang on is left alone. augment(x, c): DSA for those of class c, the same for both.
+    -> (distance D of every class (C,), gradient of its sum with respect to `images`). Classes go one after another:
+    no more than one's graph is held at a time."""
+    def gradients(x, c, create_graph=False):
+        labels = torch.full((len(x),), c, device=x.device)
+        return unflatten(net, sum(student_gradient(net, theta, augment(x, c), labels, create_graph))).values()
+
+    theta, distances, found = theta.detach().requires_grad_(), [], []
+    for c, (theirs, ours) in enumerate(zip(real.chunk(classes), images.detach().chunk(classes))):
+        ours = ours.detach().requires_grad_()
+        with autocast(images.device):
+            theirs = list(gradients(theirs, c))
+        distance = gradient_distance(gradients(ours, c, create_graph=True), theirs)
+        distances.append(distance.detach())
+        found += torch.autograd.grad(distance, ours)
+    return torch.stack(distances), torch.cat(found)
+
+
 # ------------------------------------------------------------------------------------------ kernel ridge regression
 
 def krr(support, labels, target, ridge=1e-6):
-    """Kernel ridge regression on features (survey Sec. 3.2; FRePo): K = support support^T, then the prediction
+    """Kernel ridge regression on features (survey Eq. 14; FRePo): K = support support^T, then the prediction
     target support^T (K + ridge * trace(K) / n * I)^-1 labels, differentiable in all three.
 
     support (n, F), labels (n, C), target (m, F) -> (m, C) in target's type. Solved by Cholesky in float64: the ridge
@@ -780,7 +815,8 @@ def krr(support, labels, target, ridge=1e-6):
     matrix is not positive definite."""
     wide = support.double()
     kernel = wide @ wide.T
-    kernel = kernel + ridge * kernel.trace() / len(kernel) * torch.eye(len(kernel)).to(kernel)
+    kernel = kernel + ridge * kernel.trace() / len(kernel) * torch.eye(
+        len(kernel), dtype=kernel.dtype, device=kernel.device)
     factor, failed = torch.linalg.cholesky_ex(kernel)
     if failed.device.type == "cpu" and failed:
         raise UserError("the features' kernel matrix is not positive definite: images are equal or not finite; take a "
@@ -804,15 +840,21 @@ PROTOCOL = dict(network=ConvNet, epochs=1000, batch=256, lr=0.01, adam=False, au
 
 def frepo_protocol(count):
     """How FRePo and the translator score `count` distilled images: squared error on soft labels, Adam, warm-up and
-    cosine, their own network without norm. The epochs are theirs, in the logarithm nearest."""
+    cosine, their own network without norm. The epochs are theirs at the count that is nearest in ratio: as many steps
+    up to 500 images, which are one batch; 1000 images make two, so 10000 steps are 5000 epochs."""
     epochs = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 5000}
     return dict(network=FRePoNet, epochs=epochs[min(epochs, key=lambda n: abs(math.log(count / n)))], batch=500,
                 lr=3e-4, adam=True, augment=("colour", "crop", "cutout", "flip", "rotate", "translate"), drops=())
 
 
+def targets(labels, classes):
+    """Class numbers (n,) -> one-hot - 1 / C, (n, C): what FRePo predicts for real images."""
+    return F.one_hot(labels, classes) - 1 / classes
+
+
 def centre_labels(labels, classes):
-    """Class numbers (n,) -> soft labels (n, C) as FRePo's start: one-hot - 1 / C, divided by sqrt(C / 10)."""
-    return (F.one_hot(labels, classes) - 1 / classes) / math.sqrt(classes / 10)
+    """Class numbers (n,) -> soft labels (n, C) as FRePo's synthetic images start: targets / sqrt(C / 10)."""
+    return targets(labels, classes) / math.sqrt(classes / 10)
 
 
 def learning_rate(protocol, lr, epoch, epochs, steps=1):
@@ -865,7 +907,8 @@ def train_and_test(data, draw, count, protocol=PROTOCOL, lr=None, epochs=None, r
                             labels = centre_labels(labels, classes)
                     batches.append((images, labels))
                 optimizer.zero_grad()
-                accumulate_gradient(net, parameters, *(torch.stack(part) for part in zip(*batches)), criterion)
+                accumulate = protocol.get("accumulate", accumulate_gradient)  # HaBa's Table 4 adds a term to the loss
+                accumulate(net, parameters, *(torch.stack(part) for part in zip(*batches)), criterion)
                 optimizer.step()
             progress(len(group))
         net.eval()
@@ -995,7 +1038,8 @@ def save_distilled(path, data, method, per_class, tensors, step_size, settings, 
         "shape": list(data.shape), "per_class": per_class, "stored_per_class": stored / len(data.classes),
         "preprocess": data.preprocess.kind, "fingerprint": data.preprocess.fingerprint,
         **dict(zip(("mean", "std"), constants)),
-        "augmentation": f"DSA: one of {' '.join(t for t in protocol['augment'] if data.flip or t != 'flip')} a batch",
+        "augmentation": f"DSA: one of {' '.join(t for t in protocol['augment'] if data.flip or t != 'flip')} a batch"
+        if protocol["augment"] else "none",
         "step_size": step_size, "network": f"{network.kind}{network.depth}",
         "settings": settings, "iterations": settings["iterations"], "seconds": round(seconds, 1), "seed": seed,
         "torch": str(torch.__version__), **{name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}}

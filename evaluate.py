@@ -256,7 +256,8 @@ class Set:
         found = dict(found(self.count) if callable(found) else found)
         if name or args.norm == "batch":
             found["network"] = build_network(name or "convnet", args.norm)
-        return found | ({"augment": ()} if args.no_dsa else {})
+        plain = args.no_dsa or self.described.get("augmentation") == "none"  # haba.py --no-dsa
+        return found | ({"augment": ()} if plain else {})
 
 
 def open_sets(args):
@@ -301,7 +302,7 @@ def network_label(protocol, data):
 
 def score_sets(sets, args):
     """A row for every set, network and budget: printed, and a line in OUT/results.jsonl -> list of those lines."""
-    known, lines = {}, []
+    known, lines, curves = {}, [], {}
     for one in sets:
         for name in args.network or (None,):
             protocol = one.protocol(name, args)
@@ -323,12 +324,10 @@ def score_sets(sets, args):
                 if one.described["method"] != "whole":
                     known[key] = {name: value for name, value in line.items() if name.startswith("random_")}
                 lines.append(line)
+                for what, which in ((one.stem, ""), (f"random real as {one.stem}", "random_")):
+                    point = steps, line[f"{which}accuracy"], line["random_std" if which else "std"]
+                    curves.setdefault(f"{what}, {label}", []).append(point)
     if args.steps:
-        curves = {}
-        for line in lines:
-            for what, at, spread in (("", "accuracy", "std"), (", random real", "random_accuracy", "random_std")):
-                curve = curves.setdefault(f"{line['method']} {line['per_class']}, {line['network']}{what}", [])
-                curve.append((line["steps"], line[at], line[spread]))
         draw_curves(out_folder(args) / "steps.png", "accuracy over the training budget", "SGD steps", curves)
     return lines
 
@@ -361,10 +360,10 @@ def markdown_table(lines):
     rows = {}
     for line in lines:
         order = CORESETS.index(line["method"]) if line["method"] in CORESETS else len(CORESETS)
-        key = (line["dataset"], line["network"], line.get("norm", "instance"), not line.get("augment", True), order,
-               line["method"], line["per_class"], line["iterations"], line["epochs"], line["runs"])
+        key = (line["dataset"], order, line["method"], line["per_class"], line["network"], line.get("norm", "instance"),
+               not line.get("augment", True), line["iterations"], line["epochs"], line["runs"])
         gain = line.get("gain", round(line["accuracy"] - line["random_accuracy"], 2))
-        rows[key] = (line["dataset"], line["method"], line["per_class"], line["network"], key[2], "no" if key[3] else "yes",
+        rows[key] = (line["dataset"], line["method"], line["per_class"], line["network"], key[5], "no" if key[6] else "yes",
                      line["iterations"] or "", f"{line['runs']} x {line['epochs']}",
                      f"{line['accuracy']:.2f} +- {line['std']:.2f}",
                      f"{line['random_accuracy']:.2f} +- {line['random_std']:.2f} ({line['random_images_per_class']})",
@@ -460,12 +459,12 @@ def score_corruption(sets, args):
 
             found = common.train_and_test(one.data, one.draw, one.count, protocol, one.described["step_size"], epochs,
                                           args.runs, args.seed, args.together, test)
-            results = [(one.described["method"], one.described["per_class"], found)]
+            results = [(one.stem, one.described["method"], one.described["per_class"], found)]
             if one.described["method"] not in ("random", "whole"):
                 per_class, _, found = common.score_random(one.data, one.described["stored_per_class"], protocol, epochs,
                                                           args.runs, args.seed, None, args.together, test)
-                results.append(("random", per_class, found))
-            for method, per_class, found in results:
+                results.append((f"random real as {one.stem}", "random", per_class, found))
+            for what, method, per_class, found in results:
                 levels = np.array(found).mean(1)                                       # (runs, 6)
                 each = {kind: np.array(found)[:, i].mean(0).round(2).tolist() for i, kind in enumerate(kinds)}
                 line = {"kind": "corruption", "method": method, "dataset": one.data.name, "per_class": per_class,
@@ -473,9 +472,9 @@ def score_corruption(sets, args):
                         "level_accuracy": levels.mean(0).round(2).tolist(), "level_std": levels.std(0).round(2).tolist(),
                         "corruptions": each, "folder": args.corruption, "scoring_seed": args.seed}
                 common.append_line(json.dumps(line), out_folder(args) / "results.jsonl")
-                print(f"{method} {per_class} a class, {label}: clean, then level 1 to 5 (mean of {len(kinds)} corruptions): "
+                print(f"{what}, {label}: clean, then levels 1 to 5, mean of {len(kinds)} corruptions: "
                       + ", ".join(f"{a:.2f}" for a in line["level_accuracy"]))
-                curves[f"{method} {per_class}, {label}"] = list(zip(range(6), line["level_accuracy"], line["level_std"]))
+                curves[f"{what}, {label}"] = list(zip(range(6), line["level_accuracy"], line["level_std"]))
     draw_curves(out_folder(args) / "corruption.png", "accuracy on corrupted test images", "level of corruption", curves)
 
 
@@ -505,40 +504,59 @@ def distil_stage(method, part, settings, args, path, first):
         if (distilled["settings"], distilled["seed"], distilled["per_class"]) != (settings, args.seed, args.ipc):
             raise common.UserError(f"{path} was distilled with other settings: remove its folder or take another --out")
         return distilled
-    checkpoint, step_size, protocol = path.with_suffix(".ckpt"), None, common.PROTOCOL
-    if method.METHOD == "kfs":
-        decoders = first and method.open_decoders(first, part.device)[1]
-        codes, decoders, seconds = method.distill(part, args.ipc, settings, args.seed, checkpoint, None, decoders)
-        tensors = {"codes": codes} | {f"decoders.{name}": p for name, p in decoders.named_parameters()}
-    elif "experts" in settings and settings.get("objective", "mtt") == "mtt":
-        experts = common.load_experts(part, args.data_dir, settings["experts"],
-                                      settings["max_start"] + settings["expert_epochs"], args.seed)
+    checkpoint, step_size, protocol = path.with_suffix(".ckpt"), None, getattr(method, "PROTOCOL", common.PROTOCOL)
+    if method.METHOD in ("mtt", "haba"):
+        experts = None
+        if settings.get("objective", "mtt") == "mtt":
+            experts = common.load_experts(part, args.data_dir, settings["experts"],
+                                          settings["max_start"] + settings["expert_epochs"], args.seed)
         tensors, step_size, seconds = method.distill(part, args.ipc, settings, args.seed, experts, checkpoint)
+    elif method.METHOD == "kfs":
+        decoders = first and method.open_decoders(first, part.device)[1]
+        count, dsa = settings["real_means"], settings["dsa"]
+        means = method.load_real_means(part, args.data_dir, count, dsa) if count else None
+        codes, decoders, seconds = method.distill(part, args.ipc, settings, args.seed, checkpoint, means, decoders)
+        tensors = {"codes": codes} | {f"decoders.{name}": p for name, p in decoders.named_parameters()}
+    elif method.METHOD == "translator_fewshot":
+        translator = settings["translator"] and method.load_translator(settings["translator"]).to(part.device)
+        found, seconds = method.distill(part, [args.ipc], settings, args.seed, "adapted" if translator else "one-net",
+                                        translator, lambda name: path.with_name(f"{path.stem}_{name}.ckpt"))
+        tensors = found[args.ipc]
     else:
         tensors, seconds = method.distill(part, args.ipc, settings, args.seed, checkpoint)
-    if callable(getattr(method, "PROTOCOL", None)):
-        protocol = method.PROTOCOL(args.ipc * len(part.classes))
+    protocol = protocol(args.ipc * len(part.classes)) if callable(protocol) else protocol
     return common.save_distilled(path, part, method.METHOD, args.ipc, tensors, step_size, settings, seconds, args.seed,
                                  protocol)
 
 
-def stage_settings(method, data, args):
-    """The method's own settings for the data set and budget, with --set name=value in their place. Raises UserError."""
-    name, table = pathlib.Path(args.dataset).name, method.SETTINGS
-    if method.METHOD == "kfs":
-        settings = method.PAPER | table.get((name, args.ipc), method.layout(data.shape, args.ipc))
-    else:
-        settings = getattr(method, "PAPER", {}) | common.settings_for(table, args.dataset, args.ipc)
+def prepare_stages(method, args):
+    """Load the data set, and the method's own settings for it with --set name=value in their place (objective=dm takes
+    HaBa's for DM) -> Dataset, settings. Raises UserError."""
+    given = dict(text.partition("=")[::2] for text in args.set or ())
+    objective = given.get("objective", "mtt")
+    table = getattr(method, f"{objective.upper()}_SETTINGS", None) if objective != "mtt" else method.SETTINGS
+    if table is None:
+        raise common.UserError(f"--set objective={objective}: {method.METHOD} has none of that name; HaBa has mtt, dm, dc")
+    settings = getattr(method, "PAPER", {}) | common.settings_for(table, args.dataset, args.ipc)
     settings.pop("lr_from_100", None)
-    for text in args.set or ():
-        key, _, value = text.partition("=")
-        if key not in settings:
-            raise common.UserError(f"--set {text}: {method.METHOD} has no such setting; it has {', '.join(settings)}")
+    data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
+    if method.METHOD == "kfs":
+        settings |= method.layout(data.shape, args.ipc)
+    if method.METHOD == "translator_fewshot":  # without a file of a translator: one network, no translation
+        settings["translator"] = None
+    for name, text in given.items():
+        if name not in settings:
+            raise common.UserError(f"--set {name}: {method.METHOD} has no such setting; it has {', '.join(settings)}")
         try:
-            settings[key] = json.loads(value)
+            value = json.loads(text)
         except ValueError:
-            raise common.UserError(f"--set {text}: give a number, true or false, e.g. iterations=100") from None
-    return settings | {"size": args.size}
+            value = text
+        if isinstance(settings[name], (int, float)) and not isinstance(value, (int, float)):
+            raise common.UserError(f"--set {name}={text}: give a number, as {name}={settings[name]}")
+        settings[name] = value
+    if "iterations" not in settings:
+        settings["iterations"] = settings["steps"]
+    return data, settings | {"size": args.size}
 
 
 def join_samplers(parts, device):
@@ -571,14 +589,8 @@ def continual(args):
     real images of the same storage. Distilled files and scores of every stage are kept: the same command goes on."""
     if not args.dataset:
         raise common.UserError("--continual needs a data set: add --dataset, e.g. mnist")
-    method = importlib.import_module(args.continual)
-    if not hasattr(method, "distill"):
-        raise common.UserError(f"--continual {args.continual}: it has no stages that could be distilled; take dm, haba, ...")
-    device = common.pick_device(args.device)
-    name = pathlib.Path(args.dataset).name
-    plain = common.settings_for(method.SETTINGS, args.dataset, args.ipc) if args.continual != "kfs" else {"zca": False}
-    data = common.load_dataset(args.dataset, args.data_dir, plain["zca"], args.size, device)
-    settings = stage_settings(method, data, args)
+    method, name = importlib.import_module(args.continual), pathlib.Path(args.dataset).name
+    data, settings = prepare_stages(method, args)
     classes, per_step = len(data.classes), args.classes_per_step
     folder = out_folder(args) / f"continual_{args.continual}_{name}_{args.ipc}_by{per_step}"
     scores = {}                                                            # {network: [order][stage] -> (ours, random)}
@@ -591,7 +603,7 @@ def continual(args):
             print(f"order {order}, stage {stage + 1} of {len(stages)}: {', '.join(data.classes[c] for c in new)}", flush=True)
             part = restrict(data, new)
             kept.append(distil_stage(method, part, settings, args, path, kept[0] if kept else None))
-            parts.append((*method.sampler(kept[-1], device), len(new)))
+            parts.append((*method.sampler(kept[-1], data.device), len(new)))
             seen = restrict(data, permutation[:stage * per_step + len(new)])
             for network in args.network or (None,):
                 label, found = score_stage(method, seen, parts, kept, network, args, path)
@@ -625,7 +637,7 @@ def score_stage(method, seen, parts, kept, network, args, path):
     label, norm = network_label(protocol, seen)
     epochs = args.epochs or protocol["epochs"]
     setting = {"network": label, "norm": norm, "augment": not args.no_dsa, "runs": args.runs, "epochs": epochs,
-               "seed": args.seed, "seconds": [distilled["seconds"] for distilled in kept]}  # others: another distillation
+               "seed": args.seed, "stages": [distilled["seconds"] for distilled in kept]}  # tell a stage that was distilled anew
     record = path.with_name(f"{path.stem}_{label}_{norm}{'_no-dsa' * args.no_dsa}.json")
     if record.exists():
         stored = json.loads(record.read_text())
@@ -634,7 +646,9 @@ def score_stage(method, seen, parts, kept, network, args, path):
     rates = [distilled["step_size"] for distilled in kept]  # learned in every stage: their mean
     lr = None if None in rates else sum(rates) / len(rates)
     found = common.train_and_test(seen, draw, count, protocol, lr, epochs, args.runs, args.seed, args.together)
-    storage = sum(d["stored_per_class"] * len(d["classes"]) for d in kept) / len(seen.classes)
+    storage = sum(t.numel() for stage, distilled in enumerate(kept) for name, t in distilled.items()
+                  if torch.is_tensor(t) and t.is_floating_point() and name != "labels"
+                  and not (stage and name.startswith("decoders."))) / len(seen.classes)  # KFS's decoders are kept once
     _, _, random = common.score_random(seen, storage, protocol, epochs, args.runs, args.seed, None, args.together)
     accuracy = [float(np.mean(found)), float(np.mean(random))]
     common.write(json.dumps({"setting": setting, "accuracy": accuracy}).encode(), record)

@@ -7,11 +7,15 @@ Training a network on the synthetic set is cut down to its last layer: its featu
 solved by kernel ridge regression, in closed form and differentiable. With features f of a network, synthetic images
 X_s with learned labels y_s, and a batch of real images X_t with labels y_t,
 
-    L = 1/2 || y_t - K_ts (K_ss + lambda I)^-1 y_s ||^2,     K_ab = f(X_a) f(X_b)^T          (survey Eq. 12)
+    L = 1/2 || y_t - K_ts (K_ss + lambda I)^-1 y_s ||^2,     K_ab = f(X_a) f(X_b)^T          (survey Eq. 17)
 
 The features come from a pool of networks that train on the synthetic set as it is: one is drawn in every iteration,
-takes one step of its own, and is thrown away after 100 of them. So the synthetic set meets networks of all ages.
-Used afterwards, images and soft labels train a fresh network, by squared error.
+takes one step of its own (Eq. 18), and is thrown away after 100 of them. So the synthetic set meets networks of all
+ages. Used afterwards, images and soft labels train a fresh network, by squared error.
+
+What the paper leaves open, as it is done here: batch norm in the pool takes the statistics of the batch at hand,
+those of real and of synthetic images apart; a network's own step sees no mirror images and no augmentation; weights
+start as LeCun's normal distribution, not truncated; L is a mean over the real images.
 
 Measured: not yet.
 """
@@ -67,7 +71,7 @@ def margin_loss(labels):
 
 
 def pool_step(net, optimizer, images, labels):
-    """One step of a network of the pool on the synthetic set (at most 500 images of it), by squared error."""
+    """Eq. (18): one step of a network of the pool on the synthetic set (at most 500 images of it), squared error."""
     optimizer.zero_grad()  # leaves the other networks without a gradient: Adam passes them over
     (common.squared_error(net(images), labels) / len(images)).backward()
     optimizer.step()
@@ -104,12 +108,12 @@ def distill(data, ipc, settings, seed, checkpoint):
         index = torch.randint(len(data.train), (min(settings["batch_real"], len(data.train)),),
                               generator=common.rng(seed, "real", it, device=device), device=device)
         real_features = common.features(net, data.train[index])                            # f(X_t), no graph
-        real_labels = common.centre_labels(data.train_labels[index], classes) * math.sqrt(classes / 10)
+        real_labels = common.targets(data.train_labels[index], classes)
 
         both, both_labels = images, labels
         if data.flip:
             both, both_labels = torch.cat([images, images.flip(3)]), torch.cat([labels, labels])
-        loss = common.nfr_loss(net.features(both), both_labels, real_features, real_labels, settings["ridge"])  # Eq. (12)
+        loss = common.nfr_loss(net.features(both), both_labels, real_features, real_labels, settings["ridge"])  # Eq. (17)
         share = (1 + math.cos(math.pi * it / steps)) / 2
         lamb.param_groups[0]["lr"] = settings["lr"] * (settings["lr_end"] + (1 - settings["lr_end"]) * share)
         lamb.zero_grad()

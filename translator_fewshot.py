@@ -12,13 +12,18 @@ the features of a random network, synthetic images X_S with labels Y_S are judge
 The translator G, an auto-encoder, learns beforehand on subsets of a large data set, distilled in theta and kept, to make
 this small in random networks theta' (Alg. 2), and adapts to the target set in some steps more. The large data set is
 ImageNet in the paper; here any folder with many classes (--pretrain-dir) or a file of an earlier run (--translator).
---mode picks a row of the paper's Table 3. Used afterwards, images and soft labels train a network as FRePo's do.
+--mode picks a column of the paper's Table 3. Used afterwards, images and soft labels train a network as FRePo's do.
+
+"Other hyper-parameters follow FRePo", says the paper, and its supplement is not at hand. As it is done here: Adam on
+images and labels (Alg. 2 writes plain gradient descent, FRePo has LAMB), no mirror images and no hinge on labels,
+theta and theta' without batch norm, as the network that the result is scored with: an image's features then depend on
+nothing but the image, and are computed once. The loss is half the mean over real images, not their sum.
 
 Measured: not yet.
 """
 import argparse
 import copy
-import math
+import os
 import pathlib
 
 import torch
@@ -31,13 +36,17 @@ METHOD = "translator_fewshot"
 PROTOCOL = common.frepo_protocol  # how a result is scored
 MODES = ("one-net", "bilevel", "scratch", "autoencoder", "no-adaptation", "adapted")  # the columns of Table 3
 
-# Table 1 (its symbol first). batch_real: real images an iteration, and ridge: lambda in parts of trace / n, are FRePo's;
-# rows: real features looked at in a step of the distillation in one network (0: all, as in Alg. 2). inner_steps,
-# lr_inner, outer_steps, lr_outer: the bi-level algorithm's (T is 16 in Sec. 3.3; the others are not printed).
-# ae_steps, lr_ae: the auto-encoder's, not printed either. down_sample: store images at half the side ("Ours-DS").
+# Table 1: steps T, lr alpha, lr_pretrain eta, subsets N, min_classes and max_classes C_min and C_max, max_images M,
+# max_synthetic I_max, batch B, pretrain_steps S, adapt_steps S', lr_adapt eta'. batch_real: real images a step, and
+# ridge: lambda in parts of trace / n, are FRePo's; rows: real features looked at in a step of the distillation in one
+# network (0: all, as in Alg. 2). inner_steps, lr_inner, outer_steps, lr_outer: the bi-level algorithm's, of which 16
+# steps (Sec. 3.3) and alpha are printed: 1e-3 on a sum of squares over 1,024 images is 2 on half their mean. (At that
+# rate labels learn and images hardly move; at 10 the loss rises at first.) ae_steps, lr_ae: the auto-encoder's, not
+# printed. down_sample: store images at half the side, four times as many ("Ours-DS"): S' is 6,000 then, 15,000 from 50
+# images a class on (Sec. 4.2). one-net and bilevel distil for T + S' steps: "all with 4k iterations" (Sec. 4.3).
 PAPER = dict(zca="trace", steps=3000, lr=1e-3, lr_pretrain=1e-5, subsets=5000, max_classes=100, min_classes=10,
              max_images=4000, max_synthetic=1000, batch=4, pretrain_steps=200000, adapt_steps=1000, lr_adapt=1e-4,
-             batch_real=1024, rows=0, ridge=1e-6, inner_steps=16, lr_inner=10., outer_steps=1000, lr_outer=1e-4,
+             batch_real=1024, rows=0, ridge=1e-6, inner_steps=16, lr_inner=2., outer_steps=1000, lr_outer=1e-4,
              ae_steps=2000, lr_ae=1e-3, down_sample=False)
 SETTINGS = {("cifar10", 1): PAPER, ("glyphs", 1): PAPER | dict(
     steps=200, lr=0.01, adapt_steps=60, batch_real=256, ae_steps=200, outer_steps=10)}  # a short run
@@ -71,19 +80,23 @@ def embed(net, images, size):
     return torch.cat([net.features(x) for x in images.split(common.chunk_size(images.device))])
 
 
-def targets(labels, classes):
-    """Class numbers (n,) -> one-hot - 1 / C, (n, C): what real images are to be predicted as, FRePo's."""
-    return F.one_hot(labels, classes) - 1 / classes
-
-
 # ------------------------------------------------------------------------------------------ distil in one network
 
 def start_synthetic(data, ipc, settings, *key):
     """Synthetic images and soft labels to start from: random real ones (Alg. 2, line 4); four times as many at half the
     side with down_sample. -> images (C * ipc, c, h, w), labels (C * ipc, C), in class order."""
-    images, numbers = data.random_real(ipc * (4 if settings["down_sample"] else 1), *key)
-    images = F.avg_pool2d(images, 2) if settings["down_sample"] else images
-    return images, common.centre_labels(numbers, len(data.classes))
+    members, smallest = common.class_members(data)
+    per_class = ipc * (4 if settings["down_sample"] else 1)
+    if per_class > smallest:
+        raise common.UserError(f"{per_class} images a class were asked for, but the smallest class of {data.name} has "
+                               f"{smallest}: choose a number from 1 to that")
+    return to_synthetic(data, common.draw_members(members, per_class, *key), settings)
+
+
+def to_synthetic(data, index, settings):
+    """Training images `index` as synthetic images, at half the side with down_sample, and their soft labels."""
+    images = F.avg_pool2d(data.train[index], 2) if settings["down_sample"] else data.train[index]
+    return images, common.centre_labels(data.train_labels[index], len(data.classes))
 
 
 def distil_in_one_network(net, images, labels, real_features, real_labels, settings, size, key, checkpoint=None, same=None):
@@ -113,42 +126,44 @@ def distil_in_one_network(net, images, labels, real_features, real_labels, setti
 
 # ------------------------------------------------------------------------------------------ caching
 
-def draw_subset(data, settings, n, seed):
-    """Subset n of the large data set (Sec. 4.1, "Pre-Training") -> its classes' numbers, indices of its training images
-    (in class order, k a class), k, and synthetic images a class."""
-    members, smallest = common.class_members(data)
+def draw_subset(members, smallest, settings, n, seed):
+    """Subset n of the large data set (Sec. 4.1, "Pre-Training"), whose `members` and smallest class are those of
+    common.class_members -> its classes' numbers, indices of its training images (in class order, k a class), k, and
+    synthetic images a class."""
     draw = common.rng(seed, "subset", n)
-    low, high = (min(settings[name], len(data.classes)) for name in ("min_classes", "max_classes"))
+    low, high = (min(settings[name], len(members)) for name in ("min_classes", "max_classes"))
     count = torch.randint(low, high + 1, (), generator=draw).item()
-    classes = torch.randperm(len(data.classes), generator=draw)[:count]
+    classes = torch.randperm(len(members), generator=draw)[:count]
     k = max(1, min(settings["max_images"] // count, smallest))
     most = max(1, min(settings["max_synthetic"] // count, k))
     ipc = torch.randint(1, most + 1, (), generator=draw).item()
-    index = common.draw_members(members[classes.to(data.device)], k, seed, "subset", n)
+    index = common.draw_members(members[classes.to(members.device)], k, seed, "subset", n)
     return classes, index, k, ipc
 
 
 def cache_subsets(net, data, folder, settings, seed):
-    """Distil N random subsets in the one network, one file each in `folder`, those that are there left alone; several
-    processes may fill it. -> their paths."""
+    """Distil N random subsets in the one network, one file each in `folder`, those that are there left alone -> their
+    paths. Several processes may fill it: each begins somewhere else. Raises common.UserError."""
     paths = [folder / f"seed{seed}_subset{n:05d}.pt" for n in range(settings["subsets"])]
-    progress, size = common.Progress(len(paths), "subsets"), data.shape[-1]
-    for n, path in enumerate(paths):
-        if path.exists():
+    progress, size, members = common.Progress(len(paths), "subsets"), data.shape[-1], common.class_members(data)
+    for n in (torch.arange(len(paths)) + os.getpid()).remainder(len(paths)).tolist():
+        if paths[n].exists():
             progress.skip(1)
             continue
-        classes, index, k, ipc = draw_subset(data, settings, n, seed)
+        classes, index, k, ipc = draw_subset(*members, settings, n, seed)
         numbers = torch.arange(len(classes), device=data.device).repeat_interleave(k)
         real = data.train[index]
         # DSA "to mimic larger data sets": every image a second time, transformed; features stay computed once.
         augmented = [common.dsa(x, *common.draw_dsa(len(x), seed, n, i, device=data.device, flip=data.flip))
                      for i, x in enumerate(real.split(128))]
         real_features = common.features(net, torch.cat([real, *augmented]))
-        chosen = numbers.new_tensor(range(len(numbers))).view(-1, k)[:, :ipc].flatten()      # the first ipc of each class
+        chosen = torch.arange(len(numbers), device=data.device).view(-1, k)[:, :ipc].flatten()  # the first ipc of a class
         labels = common.centre_labels(numbers[chosen], len(classes))
         images, labels, _ = distil_in_one_network(net, real[chosen], labels, real_features,
-                                                  targets(numbers, len(classes)).repeat(2, 1), settings, size, (seed, n))
-        common.save({"index": index.cpu(), "k": k, "images": images.cpu(), "labels": labels.cpu()}, path)
+                                                  common.targets(numbers, len(classes)).repeat(2, 1), settings, size, (seed, n))
+        if not images.isfinite().all():
+            raise common.UserError(f"subset {n} is not finite after its distillation: take a smaller --lr")
+        common.save({"index": index.cpu(), "k": k, "images": images.cpu(), "labels": labels.cpu()}, paths[n])
         progress(1)
     progress.end()
     return paths
@@ -157,7 +172,7 @@ def cache_subsets(net, data, folder, settings, seed):
 # ------------------------------------------------------------------------------------------ pre-training, adaptation
 
 def translation_loss(translator, net, images, labels, real, real_labels, settings, size):
-    """Alg. 2, lines 11 to 15: the NFR loss of translated images in a random network theta' = `net`."""
+    """Alg. 2, lines 11, 13 and 14: the NFR loss of translated images in a random network theta' = `net`."""
     support = embed(net, translator(images), size)
     return common.nfr_loss(support, labels, common.features(net, real), real_labels, settings["ridge"])
 
@@ -179,7 +194,7 @@ def pretrain(net, data, paths, settings, seed, checkpoint, same):
             some = torch.randint(len(cached["index"]), (min(settings["batch_real"], len(cached["index"])),),
                                  generator=common.rng(seed, "real", i, b, device=device), device=device)
             part = translation_loss(translator, theta, cached["images"], cached["labels"], data.train[cached["index"][some]],
-                                    targets(some // cached["k"], classes), settings, data.shape[-1]) / settings["batch"]
+                                    common.targets(some // cached["k"], classes), settings, data.shape[-1]) / settings["batch"]
             part.backward()
             loss = loss + part.detach()
         adam.step()                                                                          # line 15
@@ -219,7 +234,7 @@ def adapt(translator, net, data, distilled, settings, seed, checkpoint):
         some = torch.randint(len(data.train), (count,), generator=common.rng(seed, "adapt", i, device=device), device=device)
         images, labels = distilled[i % len(distilled)]
         loss = translation_loss(translator, theta, images, labels, data.train[some],
-                                targets(data.train_labels[some], len(data.classes)), settings, data.shape[-1])
+                                common.targets(data.train_labels[some], len(data.classes)), settings, data.shape[-1])
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -239,7 +254,7 @@ def bilevel_gradient(net, theta, images, labels, real, real_labels, settings, si
     leaf, lr = real_features.detach().requires_grad_(), settings["lr_inner"]
     parameters = list(net.blocks.parameters())
 
-    def inner(x, y, create_graph=False):                                                     # lines 6 and 7
+    def inner(x, y, create_graph=False):                                                     # lines 6 to 8
         loss = common.nfr_loss(embed(net, x, size), y, leaf, real_labels, settings["ridge"])
         return torch.autograd.grad(loss, (x, y), create_graph=create_graph)
 
@@ -248,7 +263,7 @@ def bilevel_gradient(net, theta, images, labels, real, real_labels, settings, si
         moved = [(tensor - lr * g).detach().requires_grad_() for tensor, g in zip(steps[-1], inner(*steps[-1]))]
         steps.append(tuple(moved))
     loss = common.nfr_loss(embed(theta, steps[-1][0], size), steps[-1][1], common.features(theta, real), real_labels,
-                           settings["ridge"])                                                # lines 10 to 13
+                           settings["ridge"])                                                # lines 11 to 13
     adjoint = torch.autograd.grad(loss, steps.pop())
     sums = [torch.zeros_like(p) for p in (leaf, *parameters)]
     for x, y in reversed(steps):
@@ -266,16 +281,19 @@ def learn_distillation_space(net, data, ipc, settings, seed, checkpoint):
     net.requires_grad_(True)
     adam = torch.optim.Adam(net.blocks.parameters(), lr=settings["lr_outer"])
     watch, device, theta = {"loss": torch.zeros(())}, data.device, copy.deepcopy(net).requires_grad_(False)
-    count = min(settings["batch_real"], len(data.train))
+    count, (members, _) = min(settings["batch_real"], len(data.train)), common.class_members(data)
+    per_class = ipc * (4 if settings["down_sample"] else 1)
     used = {name: settings[name] for name in ("inner_steps", "lr_inner", "lr_outer", "batch_real", "ridge", "down_sample")}
     same = common.identity("bilevel", data, ipc, used, seed)
     for i in common.iterations(settings["outer_steps"], checkpoint, same, {"net": net, "adam": adam}, watch):
-        images, labels = start_synthetic(data, ipc, settings, seed, "bilevel", i)            # line 3
+        index = common.draw_members(members, per_class, seed, "synthetic", i)                # line 3
+        images, labels = to_synthetic(data, index, settings)
         some = torch.randint(len(data.train), (count,), generator=common.rng(seed, "bilevel", i, device=device), device=device)
-        common.start_anew(theta, seed, "theta'", i)                                          # line 9
+        common.start_anew(theta, seed, "theta'", i)                                          # line 10
         adam.zero_grad()
         watch["loss"] = bilevel_gradient(net, theta, images, labels, data.train[some],
-                                         targets(data.train_labels[some], len(data.classes)), settings, data.shape[-1])
+                                         common.targets(data.train_labels[some], len(data.classes)), settings,
+                                         data.shape[-1])
         adam.step()                                                                          # line 13
     net.requires_grad_(False)
     return watch["seconds"]
@@ -293,12 +311,16 @@ def distill(data, ipcs, settings, seed, mode, translator, checkpoint):
     if mode == "bilevel":
         if len(ipcs) > 1:
             raise common.UserError("--mode bilevel learns a network for one budget: give one --ipc")
-        seconds += learn_distillation_space(net, data, ipcs[0], settings, seed, checkpoint(f"ipc{ipcs[0]}_space"))
-    real_features, real_labels = common.features(net, data.train), targets(data.train_labels, len(data.classes))
+        seconds += learn_distillation_space(net, data, ipcs[0], settings, seed,
+                                            checkpoint(f"ipc{ipcs[0]}_space{'_ds' * settings['down_sample']}"))
+    real_features, real_labels = common.features(net, data.train), common.targets(data.train_labels, len(data.classes))
+    if mode in ("one-net", "bilevel"):
+        settings = settings | {"steps": settings["steps"] + settings["adapt_steps"]}
+    name = f"{'_ds' * settings['down_sample']}_{settings['steps']}"
     found = {}
     for ipc in ipcs:
         used = {name: settings[name] for name in ("lr", "rows", "ridge", "down_sample")} | {"net": norm_of(net)}
-        path = checkpoint(f"ipc{ipc}_{mode if mode == 'bilevel' else 'one-net'}{'_ds' * settings['down_sample']}")
+        path = checkpoint(f"ipc{ipc}_{'bilevel' if mode == 'bilevel' else 'one-net'}{name}")
         images, labels = start_synthetic(data, ipc, settings, seed, "images")
         *found[ipc], spent = distil_in_one_network(
             net, images, labels, real_features, real_labels, settings, data.shape[-1], (seed, "one network"), path,
@@ -307,7 +329,7 @@ def distill(data, ipcs, settings, seed, mode, translator, checkpoint):
     if translator is not None:
         if mode != "no-adaptation":
             seconds += adapt(translator, net, data, list(found.values()), settings, seed,
-                             checkpoint(f"ipc{'-'.join(map(str, ipcs))}_{mode}{'_ds' * settings['down_sample']}"))
+                             checkpoint(f"ipc{'-'.join(map(str, ipcs))}_{mode}{name}"))
         with torch.no_grad():
             found = {ipc: (translator(images), labels) for ipc, (images, labels) in found.items()}  # line 11
     return {ipc: {"images": images, "labels": labels} for ipc, (images, labels) in found.items()}, seconds
@@ -319,9 +341,9 @@ def norm_of(module):
 
 
 def one_network(data):
-    """The arbitrary but fixed network theta, the same for all data sets with images of this shape."""
-    net = common.FRePoNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
-    return common.start_anew(net, "theta")
+    """The arbitrary but fixed network theta, the same for all data sets with images of this shape, on all devices."""
+    net = common.start_anew(common.FRePoNet(data.shape, len(data.classes)), "theta")  # drawn on the CPU
+    return net.requires_grad_(False).to(data.device)
 
 
 def prepare_translator(data, args, settings, device):
@@ -333,7 +355,7 @@ def prepare_translator(data, args, settings, device):
     if mode == "scratch":
         return common.seeded((seed, "translator"), Translator).to(device)
     if args.translator:
-        return load_translator(args.translator).to(device)
+        return load_translator(args.translator, data, mode).to(device)
     if not args.pretrain_dir and mode != "autoencoder":
         raise common.UserError(f"--mode {mode} takes a translator that was trained beforehand: give --pretrain-dir (a folder "
                                "of images with many classes; ImageNet in the paper) or --translator, or take --mode "
@@ -344,10 +366,10 @@ def prepare_translator(data, args, settings, device):
     learning = ("ae_steps", "lr_ae") if mode == "autoencoder" else ("pretrain_steps", "lr_pretrain", "batch", "batch_real")
     caching = () if mode == "autoencoder" else ("steps", "lr", "rows", "ridge", "max_classes", "min_classes", "max_images",
                                                 "max_synthetic")
-    cached = common.identity("subsets", large, "", {name: settings[name] for name in caching}, seed)
+    cached = common.identity("translator" if caching else "autoencoder", large, "", {name: settings[name] for name in caching}, seed)
     same = cached | {name: settings[name] for name in learning + ("subsets",) * bool(caching)}
     folder = pathlib.Path(args.data_dir) / "translators"
-    path = folder / f"{large.name}_{'autoencoder' if not caching else 'translator'}_{tag(same)}.pt"
+    path = folder / f"{large.name}_{same['method']}_{tag(same)}.pt"
     if not path.exists():
         if caching:
             net = one_network(large)
@@ -358,7 +380,7 @@ def prepare_translator(data, args, settings, device):
         common.save({"format": "translator 1", "weights": translator.state_dict(), "pretrained_on": large.name,
                      "settings": same}, path)
         print(f"wrote {path}, which --translator takes")
-    return load_translator(path).to(device)
+    return load_translator(path, data, mode).to(device)
 
 
 def tag(settings):
@@ -366,12 +388,18 @@ def tag(settings):
     return f"{common.hash_int(sorted(settings.items())) >> 31:08x}"
 
 
-def load_translator(path):
-    """The Translator of a file that prepare_translator wrote. Raises common.UserError."""
+def load_translator(path, data, mode):
+    """The Translator of a file that prepare_translator wrote, for `data`. Raises common.UserError."""
     stored, translator = common.load(path, "a pre-trained translator"), Translator()
     if stored.get("format") != "translator 1":
         raise common.UserError(f"{path} is not a translator of this project: give a file that translator_fewshot.py wrote")
+    if (stored["settings"]["method"] == "autoencoder") != (mode == "autoencoder") \
+            or stored["settings"]["fingerprint"].rpartition("-")[0] != data.preprocess.kind:
+        raise common.UserError(f"{path} was trained as {stored['settings']['method']} on images preprocessed as "
+                               f"{stored['settings']['fingerprint'].rpartition('-')[0]}: it does not fit --mode {mode} and "
+                               f"{data.name} ({data.preprocess.kind}); give another")
     translator.load_state_dict(stored["weights"])
+    translator.pretrained_on = stored["pretrained_on"]
     return translator
 
 
@@ -394,8 +422,8 @@ def main():
     add("--down-sample", action="store_true", default=None, help="store images at half the side, four times as many (off)")
     add("--steps", type=common.positive, help="T: steps in the one network (3000)")
     add("--lr", type=common.amount, help="alpha: learning rate of images and labels, Adam (0.001)")
-    add("--rows", type=int, help="real features looked at in a step (0: all)")
-    add("--adapt-steps", type=common.positive, help="S': adaptation steps (1000)")
+    add("--rows", type=lambda text: common.positive(text) if text != "0" else 0, help="real features looked at in a step (0: all)")
+    add("--adapt-steps", type=common.positive, help="S': adaptation steps (1000; with --down-sample 6000 or 15000)")
     add("--lr-adapt", type=common.amount, help="eta': its learning rate (0.0001)")
     add("--batch-real", type=common.positive, help="real images in a step of (pre-)training (1024)")
     add("--subsets", type=common.positive, help="N: cached subsets (5000)")
@@ -409,6 +437,8 @@ def main():
     add("--ae-steps", type=common.positive, help="steps of the auto-encoder (2000)")
     args = parser.parse_args()
     settings = common.merge_settings(common.settings_for(SETTINGS, args.dataset, args.ipc[0]), args)
+    if args.down_sample and not args.adapt_steps:
+        settings["adapt_steps"] *= 15 if max(args.ipc) >= 50 else 6
 
     kind = f"{METHOD}_{args.mode}{'_ds' * bool(args.down_sample)}"
     paths = {ipc: common.output_path(kind, args, f"ipc{ipc}") for ipc in args.ipc}
@@ -420,7 +450,7 @@ def main():
     found, seconds = distill(data, args.ipc, settings, args.seed, args.mode, translator,
                              lambda name: common.output_path(METHOD, args, name).with_suffix(".ckpt"))
     for ipc, tensors in found.items():
-        path, stored = paths[ipc], settings | {"mode": args.mode, "pretrain_dir": args.pretrain_dir or args.translator}
+        path, stored = paths[ipc], settings | {"mode": args.mode, "pretrained_on": getattr(translator, "pretrained_on", None)}
         stored["iterations"] = settings["steps"]
         count = len(tensors["images"])
         distilled = common.save_distilled(path, data, METHOD, ipc, tensors, None, stored, seconds, args.seed, PROTOCOL(count))

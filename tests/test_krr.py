@@ -93,26 +93,22 @@ def test_nfr_loss_is_half_the_mean_squared_error_summed_over_classes():
 def test_proposition_1():
     """Translator, Prop. 1, for linear maps: each space's solution from a set that fits it without error, and the one
     from the other, without the target set: w* = pinv(theta*) theta w (Eq. 8)."""
-    n, d, wide, wider, classes, synthetic = 30, 5, 6, 7, 3, 9
-    real, theta, theta_star = drawn(n, d), drawn(d, wide, seed=1), drawn(d, wider, seed=2)
-    real_labels = real @ drawn(d, classes, seed=3)  # a linear relation: the error can be 0
+    n, d, wide, wider, classes = 30, 5, 6, 7, 3
+    theta, theta_star = drawn(d, wide, seed=1), drawn(d, wider, seed=2)
+    for target_set in (0, 10):  # the relation between the two solutions is the same for every target set
+        real = drawn(n, d, seed=target_set)
+        real_labels = real @ drawn(d, classes, seed=target_set + 3)  # a linear relation: the error can be 0
 
-    def solution(space, seed):
-        """w* of a synthetic set of more images than features whose labels fit, found in `space` by least squares."""
-        images = drawn(synthetic, d, seed=seed)
-        labels = images @ torch.linalg.pinv(real) @ real_labels
-        w = torch.linalg.pinv(images @ space) @ labels  # f^T (f f^T)^-1 y, f f^T being singular for so many images
-        assert (real @ space @ w - real_labels).abs().max() < 1e-9  # the premise: no error
-        return w
+        def solution(space, seed):
+            """w* = f^T (f f^T)^-1 y in `space`, of a synthetic set that fits the target set there without error."""
+            images = drawn(d, d, seed=seed)
+            labels = images @ torch.linalg.pinv(real) @ real_labels
+            w = common.krr(images @ space, labels, torch.eye(space.shape[1], dtype=torch.float64), 1e-13)
+            assert (real @ space @ w - real_labels).abs().max() < 1e-8  # the premise
+            return w
 
-    w, w_star = solution(theta, 4), solution(theta_star, 5)
-    torch.testing.assert_close(w_star, torch.linalg.pinv(theta_star) @ theta @ w, rtol=1e-6, atol=1e-6)
-    # and krr finds the same solution as its ridge tends to 0
-    images = drawn(4, d, seed=6)
-    labels = images @ torch.linalg.pinv(real) @ real_labels
-    unit = torch.eye(wide, dtype=torch.float64)
-    torch.testing.assert_close(common.krr(images @ theta, labels, unit, 1e-12),
-                               torch.linalg.pinv(images @ theta) @ labels, rtol=1e-6, atol=1e-6)
+        w, w_star = solution(theta, target_set + 4), solution(theta_star, target_set + 5)
+        torch.testing.assert_close(w_star, torch.linalg.pinv(theta_star) @ theta @ w, rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ FRePo
@@ -166,11 +162,13 @@ def test_batch_norm_of_the_pool_is_that_of_the_whole_batch(exact):
 
 
 def test_frepo_iteration_is_the_paper(data, tmp_path, monkeypatch, exact):
-    """One iteration against the definition: mirror images, Eq. (12) by torch.linalg, the hinge, LAMB's first step; then
+    """One iteration against the definition: mirror images, Eq. (17) by torch.linalg, the hinge, LAMB's first step; then
     the drawn network has made one step of Adam on the squared error."""
     narrow(monkeypatch)
     settings = frepo.ROW | dict(iterations=1, pool=2, batch_real=30, lr=.1)
-    kept = {}
+    kept, gradients, step = {}, [], frepo.Lamb.step
+    monkeypatch.setattr(frepo.Lamb, "step", lambda lamb: gradients.extend(
+        p.grad.clone() for p in lamb.param_groups[0]["params"]) or step(lamb))
     monkeypatch.setattr(common, "iterations", lambda total, path, same, state, watch: kept.update(state) or watch.update(
         seconds=0) or range(total))
     tensors, _ = frepo.distill(data, 1, settings, 0, tmp_path / "x")
@@ -189,6 +187,8 @@ def test_frepo_iteration_is_the_paper(data, tmp_path, monkeypatch, exact):
     loss = (predicted - F.one_hot(data.train_labels[index], 3) + 1 / 3).square().sum(1).mean() / 2
     top = labels.sort(1, descending=True).values
     (loss - (top[:, 0] - top[:, 1]).clamp(max=1 / 3).mean()).backward()
+    for found, p in zip(gradients, (images, labels)):
+        assert (found - p.grad).norm() < 1e-3 * p.grad.norm()
     for found, p in ((tensors["images"], images), (tensors["labels"], labels)):
         update = p.grad / (p.grad.abs() + 1e-6)  # Adam's first
         expected = (p - .1 * p.norm() / update.norm() * update).detach()
@@ -216,6 +216,29 @@ def test_networks_of_the_pool_are_thrown_away_at_their_age(data, tmp_path, monke
             ages[k] = 0
             expected.append(it)
     assert thrown == expected and len(thrown) > 3
+
+
+def test_a_renewed_network_is_new(data):
+    nets = nn.ModuleList(common.FRePoNet(data.shape, 3, norm=True, width=4) for _ in range(2))
+    adam = torch.optim.Adam(nets.parameters(), lr=.01)
+    for _ in range(2):
+        for net in nets:
+            frepo.pool_step(net, adam, data.train[:6], common.centre_labels(data.train_labels[:6], 3))
+    other = common.flat_parameters(nets[1]).clone()
+    frepo.renew(nets[0], adam, "key")
+    fresh = common.start_anew(common.FRePoNet(data.shape, 3, norm=True, width=4), "key")
+    assert torch.equal(common.flat_parameters(nets[0]), common.flat_parameters(fresh))
+    assert not any(p in adam.state for p in nets[0].parameters()) and all(p in adam.state for p in nets[1].parameters())
+    frepo.pool_step(nets[0], adam, data.train[:6], common.centre_labels(data.train_labels[:6], 3))
+    assert torch.equal(common.flat_parameters(nets[1]), other)
+
+
+def test_frepos_rate_falls_by_a_cosine(data, tmp_path, monkeypatch):
+    narrow(monkeypatch)
+    rates, step = [], frepo.Lamb.step
+    monkeypatch.setattr(frepo.Lamb, "step", lambda lamb: rates.append(lamb.param_groups[0]["lr"]) or step(lamb))
+    frepo.distill(data, 1, frepo.ROW | dict(iterations=10, pool=1, batch_real=10, lr=.5), 0, tmp_path / "x")
+    assert rates == pytest.approx([.5 * (.1 + .9 * (1 + math.cos(math.pi * it / 10)) / 2) for it in range(10)])
 
 
 class Killed(BaseException):
@@ -259,11 +282,11 @@ def test_frepos_rate_when_scoring():
     assert common.frepo_protocol(10)["network"](( 3, 32, 32), 10).kind == "frepo-convnet"
 
 
-def test_whitening_after_standardising():
+def test_whitening_after_standardising(tmp_path):
     """The covariance of whitened images is s / (s + 0.1 mean(s)) in the eigenbasis of the standardised ones, and the
     way back gives the pixels."""
     pixels = (drawn(200, 3, 4, 4).cumsum(3) * 30 + 120).clamp(0, 255).byte()
-    found = common.Preprocess.fit("noise", pixels, "trace", "/nonexistent")
+    found = common.Preprocess.fit("noise", pixels, "trace", tmp_path)
     assert found.kind == "zca-trace" and found.fingerprint.startswith("zca-trace-")
     x = pixels.double() / 255
     x = ((x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True, correction=0)).flatten(1)
@@ -278,7 +301,7 @@ def test_whitening_after_standardising():
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64)])
 def test_the_same_translator_serves_all_sizes(shape):
-    translator = tf.Translator(8)
+    translator = common.seeded("translator", tf.Translator, 8)
     translated = translator(drawn(4, *shape).float())
     assert translated.shape == (4, *shape) and translated.std() > 0
     if shape[0] == 1:
@@ -294,7 +317,7 @@ def test_bilevel_gradient_equals_naive_autograd(steps):
     net, theta = nets
     theta.requires_grad_(False)
     images, labels = drawn(3, 3, 8, 8), drawn(3, 3, seed=1)
-    real, real_labels = drawn(10, 3, 8, 8, seed=2), tf.targets(torch.arange(10) % 3, 3).double()
+    real, real_labels = drawn(10, 3, 8, 8, seed=2), F.one_hot(torch.arange(10) % 3, 3).double() - 1 / 3
     settings = dict(inner_steps=steps, lr_inner=.5, ridge=1e-3)
 
     def features(net, x):
@@ -326,7 +349,7 @@ def test_distilling_in_one_network_lowers_its_loss(data, exact):
     net = tf.one_network(data)
     settings = tf.PAPER | dict(steps=30, lr=.01)
     images, labels = tf.start_synthetic(data, 1, settings, 0)
-    real, wanted = common.features(net, data.train), tf.targets(data.train_labels, 3)
+    real, wanted = common.features(net, data.train), common.targets(data.train_labels, 3)
 
     def loss(x, y):
         return common.nfr_loss(tf.embed(net, x, 16), y, real, wanted).item()
@@ -347,13 +370,84 @@ def test_subsets(data):
     settings = tf.PAPER | dict(max_classes=3, min_classes=2, max_images=12, max_synthetic=6)
     seen = set()
     for n in range(30):
-        classes, index, k, ipc = tf.draw_subset(data, settings, n, 0)
+        classes, index, k, ipc = tf.draw_subset(*common.class_members(data), settings, n, 0)
         assert len(set(classes.tolist())) == len(classes) in (2, 3)
         assert len(index) == k * len(classes) <= 12 and 1 <= ipc and ipc * len(classes) <= 6
         assert len(set(index.tolist())) == len(index)
         assert torch.equal(data.train_labels[index], classes.repeat_interleave(k))
         seen.add((len(classes), ipc))
     assert len(seen) > 3
+
+
+def test_pre_training_is_algorithm_2(data, tmp_path, monkeypatch, exact):
+    """Line 15's gradient of one step on two cached subsets, against lines 11 to 14 written with torch.linalg."""
+    narrow(monkeypatch)
+    settings = tf.PAPER | dict(max_classes=3, min_classes=2, max_images=12, max_synthetic=6, steps=2, subsets=2, batch=2,
+                               pretrain_steps=1, batch_real=12)
+    net, gradients, step = tf.one_network(data), [], torch.optim.Adam.step
+    paths = tf.cache_subsets(net, data, tmp_path, settings, 0)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: gradients.extend(
+        p.grad.clone() for p in adam.param_groups[0]["params"]) or step(adam))
+    tf.pretrain(net, data, paths, settings, 0, tmp_path / "x", {})
+
+    translator = common.seeded((0, "translator"), tf.Translator)
+    theta, loss = common.start_anew(copy.deepcopy(net), 0, "theta'", 0), 0
+    for b in range(2):
+        cached = common.load(paths[common.hash_int((0, "cached", 0, b)) % 2], "")
+        some = cached["index"][torch.randint(len(cached["index"]), (len(cached["index"]),),
+                                             generator=common.rng(0, "real", 0, b))]
+        kinds = data.train_labels[cached["index"]].unique_consecutive().tolist()  # the subset's classes in its order
+        wanted = torch.tensor([[float(kind == label) - 1 / len(kinds) for kind in kinds]
+                               for label in data.train_labels[some].tolist()])
+        f = theta.features(translator(cached["images"])).double()
+        kernel = f @ f.T
+        kernel = kernel + 1e-6 * kernel.trace() / len(f) * torch.eye(len(f))
+        predicted = theta.features(data.train[some]).double() @ f.T @ torch.linalg.inv(kernel) @ cached["labels"].double()
+        loss = loss + (predicted - wanted).square().sum(1).mean() / 2 / 2
+    expected = torch.autograd.grad(loss, list(translator.parameters()))
+    for found, gradient in zip(gradients, expected):  # a bias before a batch norm has none
+        assert (found - gradient).norm() < 1e-2 * gradient.norm() + 1e-3 * max(g.norm() for g in expected)
+
+
+def test_cached_subsets_are_distilled_from_two_views_of_their_images(data, tmp_path, monkeypatch):
+    settings = tf.PAPER | dict(max_classes=2, min_classes=2, max_images=8, max_synthetic=4, steps=1, subsets=1)
+    seen, features = [], common.features
+    monkeypatch.setattr(common, "features", lambda net, images: seen.append(images) or features(net, images))
+    tf.cache_subsets(tf.one_network(data), data, tmp_path, settings, 0)
+    plain, augmented = seen[0].chunk(2)
+    _, index, *_ = tf.draw_subset(*common.class_members(data), settings, 0, 0)
+    assert torch.equal(plain, data.train[index]) and not torch.equal(plain, augmented)
+
+
+def test_adaptation(data, tmp_path, monkeypatch):
+    """Every step has a network of its own and takes the budgets in turn; the loss in fresh networks falls."""
+    settings = tf.PAPER | dict(steps=5, adapt_steps=30, lr_adapt=1e-3, batch_real=60)
+    net, translator = tf.one_network(data), common.seeded("translator", tf.Translator, 8)
+    distilled = [tf.start_synthetic(data, ipc, settings, 0) for ipc in (1, 2)]
+    fresh = [common.start_anew(tf.one_network(data), "fresh", i) for i in range(3)]
+
+    def loss():
+        return sum(tf.translation_loss(translator, theta, *distilled[0], data.train, common.targets(data.train_labels, 3),
+                                       settings, 16).item() for theta in fresh)
+    before, keys, sizes = loss(), [], []
+    anew, translation_loss = common.start_anew, tf.translation_loss
+    monkeypatch.setattr(common, "start_anew", lambda net, *key: keys.append(key) or anew(net, *key))
+    monkeypatch.setattr(tf, "translation_loss", lambda t, n, images, *rest: sizes.append(len(images)) or
+                        translation_loss(t, n, images, *rest))
+    tf.adapt(translator, net, data, distilled, settings, 0, tmp_path / "x")
+    assert len(set(keys)) == 30 and sizes == [3, 6] * 15
+    monkeypatch.undo()
+    assert loss() < .9 * before
+
+
+def test_the_distillation_space_is_learned(data, tmp_path, monkeypatch):
+    narrow(monkeypatch)
+    net = tf.one_network(data)
+    before = common.flat_parameters(net)
+    tf.learn_distillation_space(net, data, 1, tf.PAPER | dict(outer_steps=2, inner_steps=2, batch_real=20), 0, tmp_path / "x")
+    moved = (common.flat_parameters(net) - before).abs()
+    assert 1e-4 < moved.max() < 3e-4  # two steps of Adam at 1e-4
+    assert common.load(tmp_path / "x", "")["iteration"] == 2
 
 
 def test_down_sampled_storage(data):
@@ -398,6 +492,19 @@ def test_modes(mode, folders, call):
     assert status == 0 and score in out, err
 
 
+@pytest.mark.parametrize("size, grey", [(28, True), (32, False)])
+def test_grey_and_down_sampled(size, grey, folders, call):
+    """28x28 grey digits with a translator that is trained on colour, and storage at half the side."""
+    make_folder(folders / "small", size=size, grey=grey)
+    more = [arg if arg != "16" else str(size) for arg in SMALL]
+    status, _, err = call(tf, "--dataset", "small", "--pretrain-dir", "large", "--down-sample", *more)
+    assert status == 0, err
+    stored = common.load_distilled(folders / "out" / "translator_fewshot_adapted_ds_small_ipc1.pt")
+    assert stored["images"].shape == (12, 1 if grey else 3, size // 2, size // 2)
+    assert stored["stored_per_class"] == (1 if grey else 3) * size ** 2
+    assert stored["settings"]["pretrained_on"] == "large"
+
+
 def test_cache_and_pre_training_go_on(folders, call, monkeypatch):
     """Killed after each of its files and started again: the bytes of an unbroken run; subsets are not made twice."""
     command = ["--dataset", "target", "--pretrain-dir", "large", "--ipc", "1", "2", *SMALL]
@@ -438,9 +545,14 @@ def test_cache_and_pre_training_go_on(folders, call, monkeypatch):
     (["--translator", "missing.pt"], "missing.pt does not exist"),
     (["--translator", "foreign.pt"], "is not a translator"),
     (["--pretrain-dir", "nowhere"], "unknown data set 'nowhere'"),
+    (["--translator", "autoencoder.pt"], "does not fit --mode adapted"),
+    (["--translator", "whitened.pt"], "does not fit --mode adapted"),
 ])
 def test_bad_input_of_the_translator(more, words, folders, call):
     common.save({"format": "something else"}, folders / "foreign.pt")
+    for name, method, kind in (("autoencoder", "autoencoder", "standardise-1"), ("whitened", "translator", "zca-trace-1")):
+        common.save({"format": "translator 1", "weights": tf.Translator().state_dict(), "pretrained_on": "large",
+                     "settings": {"method": method, "fingerprint": kind}}, folders / f"{name}.pt")
     status, _, err = call(tf, "--dataset", "target", *SMALL, *more)
     assert status == 2 and words in err and "Traceback" not in err
 
