@@ -64,10 +64,10 @@ def pick_device(name):
     return device
 
 
-def chunk_size(device):
-    """Images to push through a network at once. The ConvNet's norm does not mix images, so a gradient over a
-    batch is the sum over chunks, exactly; on a CPU chunks that stay in the cache are 2.5 times faster."""
-    return 32 if torch.device(device).type == "cpu" else 4096
+def chunk_size(images):
+    """How many of images (..., h, w) to push through a network at once. The ConvNet's norm does not mix images, so a
+    gradient over a batch is the sum over chunks, exactly; on a CPU chunks that stay in the cache are 2.5 times faster."""
+    return max(1, (32 if images.device.type == "cpu" else 4096) * 1024 // max(1024, images.shape[-1] * images.shape[-2]))
 
 
 def autocast(device):
@@ -505,7 +505,7 @@ def accumulate_gradient(net, parameters, images, labels, criterion=F.cross_entro
 
     parameters (R, ...), images (R, n, c, h, w), labels (R, n) or soft (R, n, C): R networks side by side, each with
     its own batch (R = 1: no vmap). A network with batch norm sees the batch as a whole, others in chunks."""
-    parts = images.shape[1] if mixes_images(net) else chunk_size(images.device)
+    parts = images.shape[1] if mixes_images(net) else chunk_size(images)
     for x, y in zip(images.split(parts, 1), labels.split(parts, 1)):
         with autocast(images.device):
             if len(images) > 1:
@@ -525,7 +525,7 @@ def mixes_images(net):
 def accuracy(net, parameters, images, labels):
     """Percentage of images (n, c, h, w) that net, with a dict of parameters, classifies as `labels` say."""
     right = 0
-    for x, y in zip(images.split(chunk_size(images.device)), labels.split(chunk_size(images.device))):
+    for x, y in zip(images.split(chunk_size(images)), labels.split(chunk_size(images))):
         with autocast(images.device):
             right = right + (functional_call(net, parameters, x).argmax(1) == y).sum()
     return 100 * (right / len(labels)).item()
@@ -669,7 +669,7 @@ def student_gradient(net, student, images, labels, create_graph=False):
     images: the shares add up to the gradient. No bfloat16 here; on a GPU convolutions take TF32."""
     if not create_graph:
         student = student.detach().requires_grad_()
-    for x, y in zip(images.split(chunk_size(images.device)), labels.split(chunk_size(images.device))):
+    for x, y in zip(images.split(chunk_size(images)), labels.split(chunk_size(images))):
         logits = functional_call(net, unflatten(net, student), x)
         loss = F.cross_entropy(logits, y, reduction="sum") / len(images)
         yield torch.autograd.grad(loss, student, create_graph=create_graph)[0]
@@ -717,7 +717,7 @@ def features(net, images):
     """net's features of images (n, c, h, w) -> (n, F) float32; no graph, in bfloat16 where `autocast` has it."""
     with autocast(images.device):
         return torch.cat([net.features(x).float() for x in
-                          images.split(len(images) if mixes_images(net) else chunk_size(images.device))])
+                          images.split(len(images) if mixes_images(net) else chunk_size(images))])
 
 
 @torch.no_grad()
@@ -725,14 +725,14 @@ def mean_features(net, images, labels, classes, draw=None, half=True):
     """Mean over each class of net's features of images (n, c, h, w) -> (C, F) float32; no graph, in chunks, in
     bfloat16 where `autocast` has it and `half`. draw: a Siamese draw of `draw_dsa` for all of them."""
     sums, each = 0, torch.arange(classes, device=labels.device)[:, None]
-    for x, y in zip(images.split(chunk_size(images.device)), labels.split(chunk_size(images.device))):
+    for x, y in zip(images.split(chunk_size(images)), labels.split(chunk_size(images))):
         with autocast(images.device) if half else contextlib.nullcontext():
             features = net.features(dsa(x, *draw) if draw else x)
         sums = sums + (each == y).float() @ features.float()
     return sums / (each == labels).sum(1, keepdim=True)
 
 
-def match_means(net, real, images, part=None, half=False, room=2048):
+def match_means(net, real, images, part=None, half=False, room=64):
     """Compare class means of features, and differentiate, with the memory of a few chunks.
 
     real (C, F): means to reach. images (C * n, c, h, w) in class order, n a class; the graph they hang on is left
@@ -740,15 +740,15 @@ def match_means(net, real, images, part=None, half=False, room=2048):
     part (C * m, c, h, w): some of them, m a class, in class order: the means are over all `images`, the gradient is
     with respect to `part` alone, times n / m: unbiased when they are drawn uniformly (KFS, Sec. 3.2).
     The gradient at an image's features is known once the means are, so each chunk goes back on its own; the graphs
-    of the first `room` images are kept from the way forth, the others are computed again."""
-    size, values, kept = chunk_size(images.device), [], []
+    of the first `room` chunks are kept from the way forth, the others are computed again."""
+    size, values, kept = chunk_size(images), [], []
 
     def features(x):
         with autocast(x.device) if half else contextlib.nullcontext():
             return net.features(x).float()
 
     for x in images.detach().split(size):
-        if part is None and len(kept) * size < room:
+        if part is None and len(kept) < room:
             x = x.detach().requires_grad_()
             kept.append((x, features(x)))
             values.append(kept[-1][1].detach())

@@ -8,8 +8,10 @@ the mean features of the synthetic images S_c be those of a batch of real images
 
     L = sum_c || mean of psi(A(B_c)) - mean of psi(A(S_c)) ||^2          (survey Eq. 31)
 
-A is one random draw of DSA, the same for real and synthetic images (Siamese). psi(x) are the features before the
-linear layer. The network's norm does not mix images, so all classes go through it together and nothing changes.
+A is one random draw of DSA, the same for real and synthetic images (Siamese) and for all classes (the authors draw one
+a class; this way all go through the network together, whose norm does not mix images). psi(x) are the features before
+the linear layer. The survey calls psi pre-trained and has a batch of S_c; the authors draw psi at random and take all of
+S_c, and so does this.
 Used afterwards, the images train a fresh network with DSA and learning rate 0.01.
 
 Measured: not yet.

@@ -171,7 +171,7 @@ def train_features(data, data_dir, seed):
                                        data.train_labels[index][None])
             sgd.step()
         with torch.no_grad(), common.autocast(device):
-            now = torch.cat([net(x).argmax(1) for x in data.train.split(common.chunk_size(device))]) == data.train_labels
+            now = torch.cat([net(x).argmax(1) for x in data.train.split(common.chunk_size(data.train))]) == data.train_labels
         forgotten += right * ~now
         right.copy_(now)
         watch["loss"] = 1 - right.mean()
@@ -264,9 +264,12 @@ def open_sets(args):
     """Load all files and core-sets of the command line -> list of Set. Raises UserError for one that does not fit."""
     device, datasets, sets = common.pick_device(args.device), {}, []
 
-    def load(*key):
+    def load(name, size, zca):
+        key = name, size, zca
         if key not in datasets:
-            datasets[key] = common.load_dataset(key[0], args.data_dir, key[2], key[1], device)
+            datasets[key] = common.load_dataset(name, args.data_dir, zca, size, device)
+            for network in args.network or ():  # one that does not fit is told before the hours of the others
+                network_label({"network": build_network(network, args.norm)}, datasets[key])
         return datasets[key]
 
     for path in args.files:
@@ -285,9 +288,6 @@ def open_sets(args):
         data = load(args.dataset or sets[0].described["dataset"], args.size, False)  # never whitened, as in the papers
         described, draw, count = open_coreset(kind, data, args.ipc, args)
         sets.append(Set(f"{kind}_{data.name}_ipc{args.ipc}", data, described, draw, count))
-    for one in sets:  # a network that does not fit is told before the hours of the others
-        for name in args.network or (None,):
-            network_label(one.protocol(name, args), one.data)
     return sets
 
 
@@ -301,8 +301,8 @@ def network_label(protocol, data):
 
 
 def score_sets(sets, args):
-    """A row for every set, network and budget: printed, and a line in OUT/results.jsonl -> list of those lines."""
-    known, lines, curves = {}, [], {}
+    """A row for every set, network and budget: printed, and a line in OUT/results.jsonl; with --steps also a curve."""
+    known, curves = {}, {}
     for one in sets:
         for name in args.network or (None,):
             protocol = one.protocol(name, args)
@@ -315,7 +315,7 @@ def score_sets(sets, args):
                     epochs = min(epochs, WHOLE_EPOCHS)
                 # Sets of the same storage are compared with the same random images: those are trained on once.
                 storage = math.ceil(one.described["stored_per_class"] / math.prod(one.data.shape))
-                key = (one.data.preprocess.fingerprint, label, norm, storage, protocol["adam"],
+                key = (one.data.preprocess.fingerprint, label, norm, storage, protocol["adam"], bool(protocol["augment"]),
                        steps or epochs / protocol["epochs"])
                 random = {} if one.described["method"] in ("random", "whole") else known.get(key)
                 line = common.score(one.data, one.described | {"network": label}, one.draw, one.count, out_folder(args),
@@ -323,13 +323,11 @@ def score_sets(sets, args):
                                     {"norm": norm} | ({"steps": steps} if steps else {}))
                 if one.described["method"] != "whole":
                     known[key] = {name: value for name, value in line.items() if name.startswith("random_")}
-                lines.append(line)
                 for what, which in ((one.stem, ""), (f"random real as {one.stem}", "random_")):
                     point = steps, line[f"{which}accuracy"], line["random_std" if which else "std"]
                     curves.setdefault(f"{what}, {label}", []).append(point)
     if args.steps:
         draw_curves(out_folder(args) / "steps.png", "accuracy over the training budget", "SGD steps", curves)
-    return lines
 
 
 def out_folder(args):
@@ -692,6 +690,10 @@ def draw_pictures(sets, args):
             if kind == "images":
                 index, labels = first_of_class(one, 10)
                 images, _ = one.draw(0, index, args.seed, "picture")
+                if one.described["method"] == "haba":  # brightness and contrast drift, see haba.picture
+                    std, mean = torch.std_mean(images, (2, 3), keepdim=True)
+                    real_std, real_mean = torch.std_mean(one.data.train[::50], (0, 2, 3), keepdim=True)
+                    images = (images - mean) / (std + 1e-6) * real_std + real_mean
                 common.save_picture(path, one.data, images, len(index) // len(one.data.classes))
             elif one.described["method"] == "haba":
                 one.method.picture(path, one.data, one.described)
@@ -708,6 +710,8 @@ def first_of_class(one, most):
     labels = torch.cat([one.draw(0, part, "labels")[1] for part in every.split(4096)])
     labels = labels.argmax(1) if labels.ndim == 2 else labels
     count = min([most, *labels.bincount(minlength=len(one.data.classes)).tolist()])
+    if count == 0:
+        raise common.UserError(f"{one.stem} has a class for which no soft label is largest: it cannot be drawn by class")
     index = torch.cat([torch.nonzero(labels == c)[:count, 0] for c in range(len(one.data.classes))])
     return index, labels[index]
 
@@ -794,7 +798,7 @@ def main():
     add = parser.add_argument
     add("files", nargs="*", help="distilled files, e.g. out/haba_cifar10_bpc9.pt")
     add("--coreset", nargs="+", choices=CORESETS, metavar="NAME", help=f"sets of real images to score: {', '.join(CORESETS)}")
-    add("--ipc", type=common.positive, default=1, help="images a class of core-sets; storage with --continual (1)")
+    add("--ipc", type=common.positive, default=1, help="images a class of core-sets, and with --continual (HaBa: bases) (1)")
     add("--dataset", help="where the real data are, if not under the name in the file")
     add("--data-dir", default="data", help="data sets and caches live here (data)")
     add("--size", type=common.positive, help="resize and crop a folder's pictures (as in the file)")

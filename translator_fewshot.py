@@ -77,7 +77,7 @@ def embed(net, images, size):
     (n, F), with a graph."""
     if images.shape[-1] != size:
         images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-    return torch.cat([net.features(x) for x in images.split(common.chunk_size(images.device))])
+    return torch.cat([net.features(x) for x in images.split(common.chunk_size(images))])
 
 
 # ------------------------------------------------------------------------------------------ distil in one network
