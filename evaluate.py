@@ -40,10 +40,11 @@ WHOLE_EPOCHS = 30    # at most, for the whole real set: one of its epochs is as 
 # ------------------------------------------------------------------------------------------ networks
 
 def build_network(name, norm="instance"):
-    """-> build(shape, classes): network `name` for a protocol. Its first layers are those of the small-image variants (as
-    in the code of DC and MTT) up to 64 pixels, torchvision's own beyond. norm: instance (GroupNorm with as many groups as
-    channels; it does not mix images) or batch; the AlexNet of DC has none unless it is batch. No dropout and no
-    stochastic depth: nothing in training is random but the batches. build raises UserError outside 28 to 256 pixels."""
+    """-> build(shape, classes): network `name` for a protocol. Its first layers are those of the small-image variants
+    (as in the code of DC and MTT) up to 64 pixels, torchvision's own beyond. norm: instance (GroupNorm with as many
+    groups as channels; it does not mix images) or batch; the AlexNet of DC has none unless it is batch. No dropout and
+    no stochastic depth: nothing in training is random but the batches. build raises UserError outside 28 to 256
+    pixels."""
     def build(shape, classes):
         if name == "convnet":
             net = common.ConvNet(shape, classes)
@@ -54,7 +55,7 @@ def build_network(name, norm="instance"):
             net = NETWORKS[name](shape, classes)
             net.kind, net.depth = name, ""
             if name == "alexnet" and norm != "batch":
-                net.features = nn.Sequential(*(layer for layer in net.features if not isinstance(layer, nn.BatchNorm2d)))
+                net.features = nn.Sequential(*(x for x in net.features if not isinstance(x, nn.BatchNorm2d)))
         return replace_norms(net, norm)
 
     return build
@@ -77,8 +78,8 @@ def first_pad(shape, kernel=3):
 
 
 def build_alexnet(shape, classes):
-    """DC's AlexNet for small images: 5x5 convolutions without stride, one linear layer on 4x4 maps; 1,872,202 parameters
-    for 3x32x32 and 10 classes (without norms). torchvision's strides of 4 leave nothing of 32 pixels."""
+    """DC's AlexNet for small images: 5x5 convolutions without stride, one linear layer on 4x4 maps; 1,872,202
+    parameters for 3x32x32 and 10 classes (without norms). torchvision's stride of 4 leaves nothing of 32 pixels."""
     layers, channels = [], shape[0]
     for width, kernel, pool in ((128, 5, True), (192, 5, True), (256, 3, False), (192, 3, False), (192, 3, True)):
         pad = kernel // 2 if layers else first_pad(shape, kernel)
@@ -99,8 +100,9 @@ def build_vgg11(shape, classes):
 
 
 def build_resnet(blocks, average=False):
-    """torchvision's ResNet of basic blocks (2, 2, 2, 2: ResNet18, 11,173,962 parameters; 1, 1, 1, 1: ResNet10, 4,903,242),
-    up to 64 pixels with a 3x3 stem and no pool. average: ResNetAP (IDC), average pools in place of strides."""
+    """torchvision's ResNet of basic blocks (2, 2, 2, 2: ResNet18, 11,173,962 parameters; 1, 1, 1, 1: ResNet10,
+    4,903,242), up to 64 pixels with a 3x3 stem and no pool. average: ResNetAP (IDC), average pools in place of strides
+    (as in DC's ResNet18_AP but with one linear layer behind a global pool)."""
     def build(shape, classes):
         from torchvision.models.resnet import BasicBlock, ResNet
         net = ResNet(BasicBlock, blocks, num_classes=classes)
@@ -136,8 +138,8 @@ def build_efficientnet(shape, classes):
     from torchvision.models import efficientnet_b0
     net = efficientnet_b0(num_classes=classes, stochastic_depth_prob=0.)
     net.classifier = nn.Linear(net.classifier[1].in_features, classes)
-    small = shape[-1] <= 64
-    net.features[0][0] = nn.Conv2d(shape[0], 32, 3, 1 if small else 2, padding=first_pad(shape) if small else 1, bias=False)
+    stride, pad = (1, first_pad(shape)) if shape[-1] <= 64 else (2, 1)
+    net.features[0][0] = nn.Conv2d(shape[0], 32, 3, stride, pad, bias=False)
     return net
 
 
@@ -152,26 +154,26 @@ NETWORKS = {"convnet": common.ConvNet, "alexnet": build_alexnet, "vgg11": build_
 def train_features(data, data_dir, seed):
     """Train a ConvNet on the real set, once for all runs with this `data_dir` -> (ConvNet, forgetting events (n,)).
 
-    SGD, lr 0.01, momentum 0.9, DSA. A forgetting event: a training image is classified rightly after an epoch and wrongly
-    after the next (Toneva et al. 2019, who look at it whenever it is in a batch). A kill costs the epoch under way."""
-    device = data.device
+    SGD, lr 0.01, momentum 0.9, DSA. A forgetting event: a training image is classified rightly after an epoch and
+    wrongly after the next (Toneva et al. 2019, who look at it whenever it is in a batch). The checkpoint is the cache;
+    a kill costs a minute or the epoch under way."""
+    device, images, labels = data.device, data.train, data.train_labels
     net = common.seeded((seed, "features"), common.ConvNet, data.shape, len(data.classes)).to(device)
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    right, forgotten = (torch.zeros(len(data.train), device=device) for _ in range(2))
+    right, forgotten = (torch.zeros(len(images), device=device) for _ in range(2))
     path = pathlib.Path(data_dir) / "coresets" / f"{data.name}_{data.preprocess.fingerprint[:-8]}_seed{seed}.ckpt"
     same, watch = common.identity("core-sets", data, 0, {}, seed), {"loss": torch.zeros(())}
     state = {"net": net, "sgd": sgd, "right": right, "forgotten": forgotten}
-    parameters = {name: p[None] for name, p in net.named_parameters()}  # one network side by side with itself
+    parameters = {name: p[None] for name, p in net.named_parameters()}  # one network "side by side"
     for epoch in common.iterations(FEATURE_EPOCHS, path, same, state, watch):
-        order = torch.randperm(len(data.train), generator=common.rng(seed, "features", epoch, device=device), device=device)
+        order = torch.randperm(len(images), generator=common.rng(seed, "features", epoch, device=device), device=device)
         for step, index in enumerate(order.split(256)):
             draw = common.draw_dsa(len(index), seed, "features", epoch, step, device=device, flip=data.flip)
             sgd.zero_grad()
-            common.accumulate_gradient(net, parameters, common.dsa(data.train[index], *draw)[None],
-                                       data.train_labels[index][None])
+            common.accumulate_gradient(net, parameters, common.dsa(images[index], *draw)[None], labels[index][None])
             sgd.step()
         with torch.no_grad(), common.autocast(device):
-            now = torch.cat([net(x).argmax(1) for x in data.train.split(common.chunk_size(data.train))]) == data.train_labels
+            now = torch.cat([net(x).argmax(1) for x in images.split(common.chunk_size(images))]) == labels
         forgotten += right * ~now
         right.copy_(now)
         watch["loss"] = 1 - right.mean()
@@ -191,8 +193,8 @@ def herding(features, count):
 
 
 def k_center(features, count):
-    """Numbers (count,) of rows of features (n, F): the one nearest to the mean, then, greedily, the one farthest from all
-    that were taken."""
+    """Numbers (count,) of rows of features (n, F): the one nearest to the mean, then, greedily, the one farthest from
+    all that were taken."""
     taken = [(features - features.mean(0)).square().sum(1).argmin()]
     nearest = torch.full_like(features[:, 0], torch.inf)
     while len(taken) < count:
@@ -228,8 +230,9 @@ def open_coreset(kind, data, ipc, args):
         index = choose_coreset(kind, data, ipc, args.data_dir, args.seed)
         sets = [(data.train[index], data.train_labels[index])]
     per_class = len(sets[0][0]) / len(data.classes)
-    described = {"method": kind, "dataset": data.name, "per_class": round(per_class), "step_size": None, "settings": {},
-                 "stored_per_class": per_class * math.prod(data.shape), "iterations": 0, "seconds": 0, "seed": args.seed}
+    described = {"method": kind, "dataset": data.name, "per_class": round(per_class), "step_size": None,
+                 "stored_per_class": per_class * math.prod(data.shape), "settings": {}, "iterations": 0, "seconds": 0,
+                 "seed": args.seed}
 
     def draw(run, index, *key):
         images, labels = sets[run % len(sets)]
@@ -242,7 +245,7 @@ def open_coreset(kind, data, ipc, args):
 
 @dataclasses.dataclass
 class Set:
-    """What can be scored: a distilled file or a core-set. draw and count are its sampler, as in common.train_and_test."""
+    """What can be scored: a distilled file or a core-set. draw and count: its sampler, as in common.train_and_test."""
     stem: str
     data: common.Dataset
     described: dict
@@ -315,7 +318,7 @@ def score_sets(sets, args):
                     epochs = min(epochs, WHOLE_EPOCHS)
                 # Sets of the same storage are compared with the same random images: those are trained on once.
                 storage = math.ceil(one.described["stored_per_class"] / math.prod(one.data.shape))
-                key = (one.data.preprocess.fingerprint, label, norm, storage, protocol["adam"], bool(protocol["augment"]),
+                key = (one.data.preprocess.fingerprint, storage, label, norm, protocol["adam"], protocol["augment"],
                        steps or epochs / protocol["epochs"])
                 random = {} if one.described["method"] in ("random", "whole") else known.get(key)
                 line = common.score(one.data, one.described | {"network": label}, one.draw, one.count, out_folder(args),
@@ -358,11 +361,12 @@ def markdown_table(lines):
     rows = {}
     for line in lines:
         order = CORESETS.index(line["method"]) if line["method"] in CORESETS else len(CORESETS)
-        key = (line["dataset"], order, line["method"], line["per_class"], line["network"], line.get("norm", "instance"),
-               not line.get("augment", True), line["iterations"], line["epochs"], line["runs"])
+        norm, augment = line.get("norm", "instance"), line.get("augment", True)  # older lines lack some
         gain = line.get("gain", round(line["accuracy"] - line["random_accuracy"], 2))
-        rows[key] = (line["dataset"], line["method"], line["per_class"], line["network"], key[5], "no" if key[6] else "yes",
-                     line["iterations"] or "", f"{line['runs']} x {line['epochs']}",
+        key = (line["dataset"], order, line["method"], line["per_class"], line["network"], norm, not augment,
+               line["iterations"], line["epochs"], line["runs"])
+        rows[key] = (line["dataset"], line["method"], line["per_class"], line["network"], norm,
+                     "yes" if augment else "no", line["iterations"] or "", f"{line['runs']} x {line['epochs']}",
                      f"{line['accuracy']:.2f} +- {line['std']:.2f}",
                      f"{line['random_accuracy']:.2f} +- {line['random_std']:.2f} ({line['random_images_per_class']})",
                      f"{gain:+.2f}", paper_number(line, targets))
@@ -421,13 +425,13 @@ def load_corruptions(where, data):
             if path.name != "labels.npy":
                 arrays[path.stem] = np.load(path, mmap_mode="r")
     except (OSError, ValueError):
-        raise common.UserError(f"--corruption {where} cannot be read: give a folder with labels.npy and a .npy for each "
-                               "corruption, as in CIFAR-10-C, or made") from None
+        raise common.UserError(f"--corruption {where} cannot be read: give a folder with labels.npy and a .npy for "
+                               "each corruption, as in CIFAR-10-C, or made") from None
     c, h, w = data.shape
     for kind, array in arrays.items():
         if array.shape != (len(labels), h, w, c) or len(labels) % 5:
-            raise common.UserError(f"{folder / kind}.npy has shape {array.shape}, not ({len(labels)}, {h}, {w}, {c}), 5 "
-                                   "levels: take the corruptions of the data set that the file was distilled from")
+            raise common.UserError(f"{folder / kind}.npy has shape {array.shape}, not ({len(labels)}, {h}, {w}, {c}), "
+                                   "5 levels: take the corruptions of the data set that the file was distilled from")
     if not arrays:
         raise common.UserError(f"{folder} has no corruption beside labels.npy: put KIND.npy files there")
     n = len(labels) // 5
@@ -439,8 +443,8 @@ def load_corruptions(where, data):
 
 
 def score_corruption(sets, args):
-    """Accuracy on corrupted test images, mean over corruptions, level 0 (clean) to 5, of networks trained on each set and
-    on random real images of the same storage (HaBa supplement, Fig. 2): lines in results.jsonl, and a curve."""
+    """Accuracy on corrupted test images, mean over corruptions, level 0 (clean) to 5, of networks trained on each set
+    and on random real images of the same storage (HaBa supplement, Fig. 2): lines in results.jsonl, and a curve."""
     curves = {}
     for one in sets:
         kinds, labels = load_corruptions(args.corruption, one.data)
@@ -467,7 +471,8 @@ def score_corruption(sets, args):
                 each = {kind: np.array(found)[:, i].mean(0).round(2).tolist() for i, kind in enumerate(kinds)}
                 line = {"kind": "corruption", "method": method, "dataset": one.data.name, "per_class": per_class,
                         "network": label, "norm": norm, "augment": not args.no_dsa, "runs": args.runs, "epochs": epochs,
-                        "level_accuracy": levels.mean(0).round(2).tolist(), "level_std": levels.std(0).round(2).tolist(),
+                        "level_accuracy": levels.mean(0).round(2).tolist(),
+                        "level_std": levels.std(0).round(2).tolist(),
                         "corruptions": each, "folder": args.corruption, "scoring_seed": args.seed}
                 common.append_line(json.dumps(line), out_folder(args) / "results.jsonl")
                 print(f"{what}, {label}: clean, then levels 1 to 5, mean of {len(kinds)} corruptions: "
@@ -479,23 +484,24 @@ def score_corruption(sets, args):
 # ------------------------------------------------------------------------------------------ continual learning
 
 def restrict(data, classes):
-    """The images of some classes (a list of numbers), numbered anew in that order -> Dataset. Its fingerprint is its own:
-    experts, means and checkpoints of other classes are not taken for its."""
+    """The images of some classes (a list of numbers), numbered anew in that order -> Dataset. Its fingerprint is its
+    own: experts, means and checkpoints of other classes are not taken for its."""
     new = torch.full((len(data.classes),), -1, device=data.device)
     new[torch.tensor(classes)] = torch.arange(len(classes), device=data.device)
-    of_train, of_test = new[data.train_labels] >= 0, new[data.test_labels] >= 0
+    train_labels, test_labels = new[data.train_labels], new[data.test_labels]
+    of_train, of_test = train_labels >= 0, test_labels >= 0
     old = data.preprocess.fingerprint
     digest = hashlib.sha256(f"{old} {classes}".encode()).hexdigest()[:16]
     return dataclasses.replace(
         data, classes=[data.classes[c] for c in classes], train=data.train[of_train],
-        train_labels=new[data.train_labels][of_train], test=data.test[of_test], test_labels=new[data.test_labels][of_test],
+        train_labels=train_labels[of_train], test=data.test[of_test], test_labels=test_labels[of_test],
         preprocess=dataclasses.replace(data.preprocess, fingerprint=f"{data.preprocess.kind}-{digest}"))
 
 
 def distil_stage(method, part, settings, args, path, first):
     """Distil the classes of one stage with the method's own function, or read what an earlier run left in `path`
-    -> distilled dict. first: of KFS the first stage's, whose decoders the others keep (its appendix A). Raises UserError
-    where `path` was made with other settings."""
+    -> distilled dict. first: of KFS the first stage's, whose decoders the others keep (its appendix A). Raises
+    UserError where `path` was made with other settings."""
     if path.exists():
         distilled = common.load_distilled(path)
         common.check_fit(path, distilled, part)
@@ -532,14 +538,14 @@ def prepare_stages(method, args):
     HaBa's for DM) -> Dataset, settings. Raises UserError."""
     given = dict(text.partition("=")[::2] for text in args.set or ())
     objective = given.get("objective", "mtt")
-    table = getattr(method, f"{objective.upper()}_SETTINGS", None) if objective != "mtt" else method.SETTINGS
-    if table is None:
-        raise common.UserError(f"--set objective={objective}: {method.METHOD} has none of that name; HaBa has mtt, dm, dc")
-    settings = getattr(method, "PAPER", {}) | common.settings_for(table, args.dataset, args.ipc)
+    table = getattr(method, "SETTINGS" if objective == "mtt" else f"{objective.upper()}_SETTINGS", None)
+    if table is None and method.METHOD != "kfs":
+        raise common.UserError(f"--set objective={objective}: {method.METHOD} has none such; HaBa has mtt, dm, dc")
+    settings = getattr(method, "PAPER", {}) | (common.settings_for(table, args.dataset, args.ipc) if table else {})
     settings.pop("lr_from_100", None)
     data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
-    if method.METHOD == "kfs":
-        settings |= method.layout(data.shape, args.ipc)
+    if method.METHOD == "kfs":  # its settings follow from the size of the images
+        settings = method.settings_of(data.name, data.shape, args.ipc)
     if method.METHOD == "translator_fewshot":  # without a file of a translator: one network, no translation
         settings["translator"] = None
     for name, text in given.items():
@@ -582,9 +588,10 @@ def join_samplers(parts, device):
 
 
 def continual(args):
-    """Classes come --classes-per-step at a time in --orders random orders (numpy seeds 0, 1, ...): only the new ones are
-    distilled, a fresh network is trained on all distilled sets so far and tested on all classes seen. Beside it random
-    real images of the same storage. Distilled files and scores of every stage are kept: the same command goes on."""
+    """Classes come --classes-per-step at a time in --orders random orders (numpy seeds 0, 1, ...): only the new ones
+    are distilled, a fresh network is trained on all distilled sets so far and tested on all classes seen. Beside it
+    random real images of the same storage. Files and scores of every stage are kept: the same command goes on.
+    (Preprocessing is that of the whole data set from the first stage on.)"""
     if not args.dataset:
         raise common.UserError("--continual needs a data set: add --dataset, e.g. mnist")
     method, name = importlib.import_module(args.continual), pathlib.Path(args.dataset).name
@@ -598,8 +605,8 @@ def continual(args):
         kept = []
         for stage, new in enumerate(stages):
             path = folder / f"order{order}_stage{stage}.pt"
-            print(f"order {order}, stage {stage + 1} of {len(stages)}: {', '.join(data.classes[c] for c in new)}", flush=True)
             part = restrict(data, new)
+            print(f"order {order}, stage {stage + 1} of {len(stages)}: {', '.join(part.classes)}", flush=True)
             kept.append(distil_stage(method, part, settings, args, path, kept[0] if kept else None))
             parts.append((*method.sampler(kept[-1], data.device), len(new)))
             seen = restrict(data, permutation[:stage * per_step + len(new)])
@@ -627,15 +634,15 @@ def continual(args):
 
 
 def score_stage(method, seen, parts, kept, network, args, path):
-    """Train on all distilled sets so far, test on all classes seen; the same with random real images of the same storage
-    -> (network's label, (accuracy, accuracy of random)), kept in a file beside `path`."""
+    """Train on all distilled sets so far, test on all classes seen; the same with random real images of the same
+    storage -> (network's label, (accuracy, accuracy of random)), kept in a file beside `path`."""
     draw, count = join_samplers(parts, seen.device)
     one = Set(path.stem, seen, kept[-1], draw, count, method)
     protocol = one.protocol(network, args)
     label, norm = network_label(protocol, seen)
     epochs = args.epochs or protocol["epochs"]
     setting = {"network": label, "norm": norm, "augment": not args.no_dsa, "runs": args.runs, "epochs": epochs,
-               "seed": args.seed, "stages": [distilled["seconds"] for distilled in kept]}  # tell a stage that was distilled anew
+               "seed": args.seed, "stages": [d["seconds"] for d in kept]}  # tell a stage that was distilled anew
     record = path.with_name(f"{path.stem}_{label}_{norm}{'_no-dsa' * args.no_dsa}.json")
     if record.exists():
         stored = json.loads(record.read_text())
@@ -711,7 +718,7 @@ def first_of_class(one, most):
     labels = labels.argmax(1) if labels.ndim == 2 else labels
     count = min([most, *labels.bincount(minlength=len(one.data.classes)).tolist()])
     if count == 0:
-        raise common.UserError(f"{one.stem} has a class for which no soft label is largest: it cannot be drawn by class")
+        raise common.UserError(f"{one.stem} has a class without images by its soft labels: it cannot be drawn by class")
     index = torch.cat([torch.nonzero(labels == c)[:count, 0] for c in range(len(one.data.classes))])
     return index, labels[index]
 
@@ -741,8 +748,8 @@ def draw_plane(path, one, args):
     for i, name in enumerate(one.data.classes[:30]):
         pen.rectangle((side + 10, 60 + 44 * i, side + 34, 84 + 44 * i), PALETTE[i % 10])
         pen.text((side + 46, 72 + 44 * i), name, "black", font, anchor="lm")
-    pen.text((margin, 30), f"features of real images (dots) and of {one.described['method']} (squares), PCA", "black", font,
-             anchor="lm")
+    title = f"features of real images (dots) and of {one.described['method']} (squares), PCA"
+    pen.text((margin, 30), title, "black", font, anchor="lm")
     write_image(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS), path)
 
 
@@ -794,11 +801,12 @@ def draw_curves(path, title, x_label, curves):
 # ------------------------------------------------------------------------------------------ command line
 
 def main():
-    parser = argparse.ArgumentParser(description="Score distilled files and core-sets.", formatter_class=common.HelpFormatter)
+    parser = argparse.ArgumentParser(description="Score distilled files and core-sets.",
+                                     formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("files", nargs="*", help="distilled files, e.g. out/haba_cifar10_bpc9.pt")
-    add("--coreset", nargs="+", choices=CORESETS, metavar="NAME", help=f"sets of real images to score: {', '.join(CORESETS)}")
-    add("--ipc", type=common.positive, default=1, help="images a class of core-sets, and with --continual (HaBa: bases) (1)")
+    add("--coreset", nargs="+", choices=CORESETS, metavar="NAME", help="real images to score: " + " ".join(CORESETS))
+    add("--ipc", type=common.positive, default=1, help="images a class of core-sets; --continual: or HaBa's bases (1)")
     add("--dataset", help="where the real data are, if not under the name in the file")
     add("--data-dir", default="data", help="data sets and caches live here (data)")
     add("--size", type=common.positive, help="resize and crop a folder's pictures (as in the file)")
@@ -808,11 +816,12 @@ def main():
     add("--no-dsa", action="store_true", help="train without augmentation")
     add("--steps", type=common.positive, nargs="+", help="accuracy after training for as many SGD steps, and its curve")
     add("--corruption", help="accuracy on corrupted test images: a folder like CIFAR-10-C, or made (here)")
-    add("--continual", choices=METHODS, metavar="METHOD", help="this method distils the classes of --dataset a few at a time")
-    add("--classes-per-step", type=common.positive, default=2, metavar="N", help="new classes in a stage of --continual (2)")
+    add("--continual", choices=METHODS, metavar="METHOD", help="distil the classes of --dataset a few at a time")
+    add("--classes-per-step", type=common.positive, default=2, metavar="N", help="new classes in a stage of it (2)")
     add("--orders", type=common.positive, default=5, help="orders of the classes with --continual (5)")
     add("--set", nargs="+", metavar="NAME=VALUE", help="settings of the method with --continual, e.g. iterations=100")
-    add("--picture", nargs="+", choices=("images", "factors", "plane"), metavar="NAME", help="draw instead of scoring: images, factors, plane")
+    add("--picture", nargs="+", choices=("images", "factors", "plane"), metavar="NAME",
+        help="draw instead of scoring: images, factors (of HaBa, KFS), plane (PCA of features)")
     add("--table", action="store_true", help="Markdown table of OUT/results.jsonl, kept as OUT/table.md")
     add("--together", choices=("yes", "no"), help="train a row's networks side by side (on a GPU yes, on a CPU no)")
     add("--seed", type=int, default=0, help="starts of the networks, order, augmentation (0)")

@@ -157,6 +157,39 @@ def cosine_loss(features):
     return (cosine.sum() - cosine.diagonal(dim1=0, dim2=1).sum()) / (len(features) ** 2 * features.shape[1])
 
 
+def gradient_distance(ours, theirs):
+    """D of survey Eq. (22) for two lists of gradients, one (out, ...) a layer -> 0-d. As in the authors' code biases and
+    norms, (out,), do not count, and 1e-6 is added to the norms' product: a dead channel's is 0."""
+    total = 0
+    for a, b in zip(ours, theirs):
+        if a.ndim > 1:
+            a, b = a.flatten(1), b.flatten(1)  # A_i, B_i
+            total = total + (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)).sum()  # Eq. (23)
+    return total
+
+
+def match_gradients(net, theta, real, images, classes, augment=lambda x, c: x):
+    """Compare the gradients that each class gives a network (DC, survey Eq. 24), and differentiate.
+
+    theta (P,): net's parameters. real (C * R, c, h, w), images (C * n, c, h, w), both in class order; the graph that
+    images hang on is left alone. augment(x, c): DSA for those of class c, the same for both.
+    -> (distance D of every class (C,), gradient of its sum with respect to `images`). Classes go one after another:
+    no more than one's graph is held at a time."""
+    def gradients(x, c, create_graph=False):
+        labels = torch.full((len(x),), c, device=x.device)
+        return common.unflatten(net, sum(common.student_gradient(net, theta, augment(x, c), labels, create_graph))).values()
+
+    theta, distances, found = theta.detach().requires_grad_(), [], []
+    for c, (theirs, ours) in enumerate(zip(real.chunk(classes), images.detach().chunk(classes))):
+        ours = ours.detach().requires_grad_()
+        with common.autocast(images.device):
+            theirs = list(gradients(theirs, c))
+        distance = gradient_distance(gradients(ours, c, create_graph=True), theirs)
+        distances.append(distance.detach())
+        found += torch.autograd.grad(distance, ours)
+    return torch.stack(distances), torch.cat(found)
+
+
 def distill(data, bpc, settings, seed, experts, checkpoint):
     """Factorise `data` into bpc bases a class and hallucinators (supplement Alg. 1) -> (tensors to store, step size,
     seconds of work). experts, checkpoint: as in common.load_experts and common.iterations; with dm and dc experts and
@@ -234,7 +267,7 @@ def distill(data, bpc, settings, seed, experts, checkpoint):
                 means = common.mean_features(net, real, real_labels, classes)
                 distance, gradient = common.match_means(net, means, images)
             else:  # L_DD is survey Eq. (24), with a transform for each class, as in the authors' code
-                distance, gradient = common.match_gradients(net, theta, data.train[index], images, classes,
+                distance, gradient = match_gradients(net, theta, data.train[index], images, classes,
                                                             lambda x, c: augment(x, 1, "match", c))
             images.backward(gradient)
             watch["loss"] = distance.sum()

@@ -64,12 +64,12 @@ def test_gradient_distance():
     layers = [torch.randn(*shape, generator=g, dtype=torch.double) for shape in ((5, 3, 3, 3), (5,), (4, 20), (4,))]
     others = [torch.randn(layer.shape, generator=g, dtype=torch.double) for layer in layers]
     plain = plain_distance(layers, others).item()
-    assert common.gradient_distance(layers, others).item() == pytest.approx(plain, rel=1e-12)
-    assert common.gradient_distance(layers, [3 * layer for layer in layers]).item() == pytest.approx(0, abs=1e-5)
-    assert common.gradient_distance(layers, [-layer for layer in layers]).item() == pytest.approx(2 * 9, abs=1e-5)
+    assert haba.gradient_distance(layers, others).item() == pytest.approx(plain, rel=1e-12)
+    assert haba.gradient_distance(layers, [3 * layer for layer in layers]).item() == pytest.approx(0, abs=1e-5)
+    assert haba.gradient_distance(layers, [-layer for layer in layers]).item() == pytest.approx(2 * 9, abs=1e-5)
     others[2][1] = 0
     layers[2].requires_grad_()
-    common.gradient_distance(layers[2:3], others[2:3]).backward()
+    haba.gradient_distance(layers[2:3], others[2:3]).backward()
     assert layers[2].grad.isfinite().all() and layers[2].grad[1].norm() == 0
 
 
@@ -99,7 +99,7 @@ def test_match_gradients(augmented, chunk, monkeypatch):
         plain = plain + plain_distance(class_gradient(net, augment(images()[4 * c:4 * (c + 1)], c), c), theirs)
     expected = torch.autograd.grad(plain, leaves)
     x = images()
-    distances, gradient = common.match_gradients(net, theta, real, x, 3, augment)
+    distances, gradient = haba.match_gradients(net, theta, real, x, 3, augment)
     assert distances.sum().item() == pytest.approx(plain.item(), rel=1e-10) and distances.shape == (3,)
     for ours, theirs in zip(torch.autograd.grad(x, leaves, gradient), expected):
         assert relative(ours, theirs) < 1e-8
