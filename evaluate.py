@@ -522,7 +522,7 @@ def distil_stage(method, part, settings, args, path, first):
         codes, decoders, seconds = method.distill(part, args.ipc, settings, args.seed, checkpoint, means, decoders)
         tensors = {"codes": codes} | {f"decoders.{name}": p for name, p in decoders.named_parameters()}
     elif method.METHOD == "translator_fewshot":
-        translator = settings["translator"] and method.load_translator(settings["translator"]).to(part.device)
+        translator = settings["translator"] and method.load_translator(settings["translator"], part, "adapted").to(part.device)
         found, seconds = method.distill(part, [args.ipc], settings, args.seed, "adapted" if translator else "one-net",
                                         translator, lambda name: path.with_name(f"{path.stem}_{name}.ckpt"))
         tensors = found[args.ipc]
