@@ -8,6 +8,7 @@ Papers: HaBa = Liu et al. 2022, MTT = Cazenavette et al. 2022, DSA = Zhao & Bile
 import argparse
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import io
 import json
@@ -951,11 +952,16 @@ def save(content, path):
 
 
 def write(content, path):
-    """Write bytes beside `path`, then rename. Raises UserError where the folder or the disk refuses."""
+    """Write bytes beside `path`, then rename. Raises UserError where the folder or the disk refuses. What a killed
+    process left beside it goes away, when it is a minute old: a younger one may be another process at work."""
     path = pathlib.Path(path)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > 60:
+                    left.unlink()
         with open(beside, "wb") as file:
             file.write(content)
             file.flush()
@@ -993,7 +999,8 @@ def load(path, what):
 
 def save_distilled(path, data, method, per_class, tensors, step_size, settings, seconds, seed, protocol=PROTOCOL):
     """Write a distilled file: everything that is needed to use it. `tensors` {name: tensor} is what is stored and
-    counted (labels are not, as in the papers); `step_size` is the learned learning rate or None; `protocol` the one to train with. Raises UserError."""
+    counted (labels are not, as in the papers); `step_size` is the learned learning rate or None; `protocol` the one to
+    train with. Raises UserError."""
     stored = sum(t.numel() for name, t in tensors.items() if t.is_floating_point() and name != "labels")
     network = protocol["network"](data.shape, len(data.classes))
     constants = (None, None) if data.preprocess.whiten is not None else (
@@ -1202,6 +1209,7 @@ def add_trajectory_arguments(parser, iterations):
     add("--student-steps", type=positive, help="N: student steps an iteration")
     add("--expert-epochs", type=positive, help="M: expert epochs that these N steps are to match")
     add("--max-start", type=positive, help="T+: the last epoch t that a student starts from")
+    add("--step-size", type=amount, help="alpha at the start; learned, and used to train with afterwards")
 
 
 def merge_settings(settings, args):

@@ -14,7 +14,8 @@ the linear layer. The survey calls psi pre-trained and has a batch of S_c; the a
 S_c, and so does this.
 Used afterwards, the images train a fresh network with DSA and learning rate 0.01.
 
-Measured: not yet.
+Measured (short run): 45.6 +- 0.2 % on CIFAR-10 with --ipc 10 --iterations 300, four minutes on 3 CPU threads; the paper has
+48.9 +- 0.6 after 20,000. See the README.
 """
 import argparse
 

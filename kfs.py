@@ -1,7 +1,7 @@
 """KFS: dataset condensation with latent space knowledge factorization and sharing (Lee, Lee & Hwang 2022).
 
     python kfs.py                                             # glyphs, drawn here: minutes on a CPU
-    python kfs.py --dataset cifar10 --ipc 1 --real-means 14 --iterations 400      # about an hour on a CPU
+    python kfs.py --dataset cifar10 --ipc 1 --real-means 24 --iterations 800 --drops 600 740     # half an hour on a CPU
     python kfs.py --dataset cifar10 --ipc 1                   # the paper's experiment: 20000 iterations, a GPU
 
 In place of images, KFS stores small latent codes (M a class) and D tiny decoders that all classes share. Any code
@@ -15,7 +15,8 @@ A sample of the synthetic images in the second mean gives a biased gradient (Eq.
 the first a noisy one (Eq. 3); --sample-decoders and --batch-real do both, to see the effect (Fig. 7).
 Used afterwards, codes are decoded as they are needed and train a fresh network for 200 epochs of M x D images a class.
 
-Measured: not yet.
+Measured (short run): 57.9 +- 0.1 % on CIFAR-10 with the second command, scored with 3 networks; the paper has 59.8 after
+20,000 iterations. See the README.
 """
 import argparse
 import math

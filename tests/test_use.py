@@ -256,6 +256,18 @@ def test_more_iterations(finished, home, tmp_path, call):
     told(*call(haba, *flags(haba, home, tmp_path, "--iterations", 2)), "past --iterations 2")
 
 
+def test_left_behind(tmp_path):
+    """A file is written: what a killed process left beside it an hour ago goes away, what was written now stays, and so
+    does what lies beside other files."""
+    old, other, young = (tmp_path / name for name in ("kept.pt.11.tmp", "other.pt.11.tmp", "kept.pt.12.tmp"))
+    for path in (old, other, young):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (time.time() - 3600,) * 2)
+    common.write(b"whole", tmp_path / "kept.pt")
+    assert not old.exists() and other.exists() and young.exists() and (tmp_path / "kept.pt").read_bytes() == b"whole"
+
+
 # ------------------------------------------------------------------------------------------ mistakes
 
 def told(status, out, err, *words):
