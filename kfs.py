@@ -319,9 +319,9 @@ def diversity(codes, decoders):
 
 
 def picture(path, data, codes, decoders):
-    """Codes down (up to four a class), decoders across (Fig. 3)."""
+    """Codes down (up to two a class), decoders across (Fig. 3)."""
     with torch.no_grad():
-        images = decoders(codes[:, :4].flatten(0, 1))
+        images = decoders(codes[:, :2].flatten(0, 1))
     common.save_picture(path, data, images.flatten(0, 1), per_row=images.shape[1])
 
 

@@ -451,7 +451,7 @@ def main():
                              lambda name: common.output_path(METHOD, args, name).with_suffix(".ckpt"))
     for ipc, tensors in found.items():
         path, stored = paths[ipc], settings | {"mode": args.mode, "pretrained_on": getattr(translator, "pretrained_on", None)}
-        stored["iterations"] = settings["steps"]
+        stored["iterations"] = settings["steps"] + settings["adapt_steps"] * (args.mode != "no-adaptation")
         count = len(tensors["images"])
         distilled = common.save_distilled(path, data, METHOD, ipc, tensors, None, stored, seconds, args.seed, PROTOCOL(count))
         draw, count = sampler(distilled, device)
