@@ -8,6 +8,7 @@ Papers: HaBa = Liu et al. 2022, MTT = Cazenavette et al. 2022, DSA = Zhao & Bile
 import argparse
 import contextlib
 import dataclasses
+import errno
 import glob
 import hashlib
 import io
@@ -189,9 +190,12 @@ def read_folder(folder, size=None):
     splits = [folder / "train", next((folder / s for s in ("test", "val") if (folder / s).is_dir()), None)]
     if splits[1] is None:
         raise UserError(f"{folder} has no test/ and no val/ beside train/: put held-out pictures there")
-    classes = sorted(entry.name for entry in os.scandir(splits[0]) if entry.is_dir())
+    classes, others = (sorted(entry.name for entry in os.scandir(split) if entry.is_dir()) for split in splits)
     if len(classes) < 2:
         raise UserError(f"{splits[0]} holds {len(classes)} class folders and two are the least: one folder a class")
+    if {*others} - {*classes}:
+        raise UserError(f"class {min({*others} - {*classes})!r} is in {splits[1]} but not in {splits[0]}: add its pictures "
+                        "there, or remove it")
     files, labels, stamp = [], [[], []], hashlib.sha256(repr((size, classes)).encode())
     for split in (0, 1):
         for label, name in enumerate(classes):
@@ -920,7 +924,8 @@ def score(data, distilled, draw, count, out, epochs=None, runs=5, seed=0, protoc
     else:
         per_class, random_epochs, percentages = distilled["per_class"], epochs, found
     line = {key: distilled[key] for key in ("method", "dataset", "per_class", "stored_per_class", "network")}
-    line |= {"augment": bool(protocol["augment"]), "accuracy": np.mean(found).round(2), "std": np.std(found).round(2),
+    variant = distilled["settings"].get("mode", distilled["settings"].get("objective"))  # of the translator, of HaBa
+    line |= {"variant": variant, "augment": bool(protocol["augment"]), "accuracy": np.mean(found).round(2), "std": np.std(found).round(2),
              "runs": runs, "epochs": epochs, "random_images_per_class": per_class,
              "random_accuracy": np.mean(percentages).round(2), "random_std": np.std(percentages).round(2),
              "random_epochs": random_epochs, **(random or {}),
@@ -970,8 +975,8 @@ def write(content, path):
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise UserError(f"{path} cannot be written ({error.strerror}): free some space or take another folder; "
-                        "what was written before is whole") from None
+        advice = "free some space or " * (error.errno in (errno.ENOSPC, errno.EDQUOT)) + "take another folder"
+        raise UserError(f"{path} cannot be written ({error.strerror}): {advice}; what was written before is whole") from None
 
 
 def append_line(text, path):
@@ -993,8 +998,8 @@ def load(path, what):
         assert isinstance(content, dict)
         return content
     except Exception:  # pickle, zip and tensors fail in many ways
-        raise UserError(f"{path} cannot be read as {what}: it is broken or another program's; "
-                        "remove it or give another file") from None
+        advice = "give another file" if what == "a distilled file" else "remove it or give another file"
+        raise UserError(f"{path} cannot be read as {what}: it is broken or another program's; {advice}") from None
 
 
 def save_distilled(path, data, method, per_class, tensors, step_size, settings, seconds, seed, protocol=PROTOCOL):
@@ -1184,6 +1189,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def add_arguments(parser, per_class="ipc", symbol="images a class", several=False):
     """The flags that every method has. several: a list of budgets."""
+    parser.description += " In brackets: the paper's values for CIFAR-10."
     add = parser.add_argument
     add("--dataset", default="glyphs", help="glyphs (drawn here), a folder, cifar10, mnist, ... (glyphs)")
     add("--data-dir", default="data", help="data sets, caches and experts live here (data)")
@@ -1247,7 +1253,7 @@ def run(main):
     except UserStop as stop:
         sys.exit(complain(program, stop, 130))
     except KeyboardInterrupt:
-        sys.exit(complain(program, "stopped; what was finished is kept, the same command goes on", 130))
+        sys.exit(complain(program, "stopped; the files that were written are whole, the same command goes on from them", 130))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise

@@ -342,14 +342,20 @@ def out_folder(args):
 
 def paper_number(line, targets):
     """The paper's accuracy for a line of results: "48.3 +- 0.8 (haba Tab.1 (BPC 1))", or "" where there is none. HaBa's
-    rows are found by their bases a class, the others' by images."""
+    rows are found by their bases a class, the others' by images; the translator's by its mode, FRePo's network being the
+    paper's."""
+    modes = {"one-net": "-1net", "scratch": "-wo-pretrain", "autoencoder": "-ae", "no-adaptation": "-wo-ada",
+             "bilevel": "-bilevel"}
+    method, network = line["method"], line["network"]
+    if method == "translator_fewshot":
+        method, network = "translator" + modes.get(line.get("variant"), ""), network.removeprefix("frepo-")
     if line.get("norm") == "batch" or not line.get("augment", True) or line.get("steps"):
         return ""
     for row in targets:
         bases = re.search(r"BPC (\d+)", row["source"])
         if (row["method"].replace("kcenter", "k-center"), row["dataset"], row["network"],
                 int(bases[1] if bases and row["method"] == "haba" else row["images_per_class"])) == (
-                line["method"].split("_")[0], line["dataset"], line["network"], line["per_class"]):
+                method, line["dataset"], network, line["per_class"]):
             return f"{row['mean']} +- {row['std']} ({row['source']})"
     return ""
 
@@ -363,9 +369,10 @@ def markdown_table(lines):
         order = CORESETS.index(line["method"]) if line["method"] in CORESETS else len(CORESETS)
         norm, augment = line.get("norm", "instance"), line.get("augment", True)  # older lines lack some
         gain = line.get("gain", round(line["accuracy"] - line["random_accuracy"], 2))
-        key = (line["dataset"], order, line["method"], line["per_class"], line["network"], norm, not augment,
-               line["iterations"], line["epochs"], line["runs"])
-        rows[key] = (line["dataset"], line["method"], line["per_class"], line["network"], norm,
+        name = f"{line['method']} {line.get('variant') or ''}".strip()
+        key = (line["dataset"], order, name, line["per_class"], line["network"], norm, not augment, line["iterations"],
+               line["epochs"], line["runs"], line["seed"])
+        rows[key] = (line["dataset"], name, line["per_class"], line["network"], norm,
                      "yes" if augment else "no", line["iterations"] or "", f"{line['runs']} x {line['epochs']}",
                      f"{line['accuracy']:.2f} +- {line['std']:.2f}",
                      f"{line['random_accuracy']:.2f} +- {line['random_std']:.2f} ({line['random_images_per_class']})",

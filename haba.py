@@ -418,7 +418,7 @@ def main():
     if args.con_downstream:
         protocol["accumulate"] = lambda *batch: accumulate_contrast(settings["weight_con"], *batch)
     common.score(data, distilled, *sampler(distilled, data.device, args.con_downstream), args.out, args.epochs,
-                 args.runs, args.seed, protocol)
+                 args.runs, args.seed, protocol, more={"variant": "con-downstream"} if args.con_downstream else ())
 
 
 if __name__ == "__main__":
