@@ -975,7 +975,7 @@ def write(content, path):
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        advice = "free some space or " * (error.errno in (errno.ENOSPC, errno.EDQUOT)) + "take another folder"
+        advice = "free some space or " * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) + "take another folder"
         raise UserError(f"{path} cannot be written ({error.strerror}): {advice}; what was written before is whole") from None
 
 

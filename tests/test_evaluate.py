@@ -178,6 +178,21 @@ def test_coreset_rows(home, tmp_path, call):
     assert all(row.count("|") == table.splitlines()[0].count("|") for row in table.splitlines())
 
 
+def test_table_keeps_variants():
+    """The translator's modes and HaBa's con-downstream are rows of their own, the modes beside the paper's number of
+    theirs; the same score twice is one row, another seed another."""
+    line = {"method": "translator_fewshot", "dataset": "cifar10", "per_class": 10, "network": "frepo-convnet3", "seed": 0,
+            "accuracy": 50., "std": 1., "random_accuracy": 30., "random_std": 1., "random_images_per_class": 10,
+            "iterations": 600, "epochs": 500, "runs": 3, "gain": 20., "variant": "one-net"}
+    lines = [line, line | {"variant": "autoencoder", "accuracy": 51.}, line | {"accuracy": 52.}, line | {"seed": 1}]
+    lines += [line | {"method": "haba", "network": "convnet3", "variant": variant} for variant in ("mtt", "con-downstream")]
+    rows = [[cell.strip() for cell in row.split("|")] for row in evaluate.markdown_table(lines).splitlines()[2:]]
+    assert [row[2] for row in rows] == ["haba con-downstream", "haba mtt", "translator_fewshot autoencoder",
+                                        "translator_fewshot one-net", "translator_fewshot one-net"]
+    assert rows[2][-2].startswith("57.6 +- 0.3") and rows[3][-2].startswith("50.5 +- 0.8")
+    assert [row[9] for row in rows[3:]] == ["52.00 +- 1.00", "50.00 +- 1.00"]
+
+
 # ------------------------------------------------------------------------------------------ rows
 
 def test_networks_and_random_images(home, tmp_path, call, monkeypatch):

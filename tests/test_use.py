@@ -318,6 +318,11 @@ def spoil_class_without_test(folder):
     return "'bee'", folder / "test"
 
 
+def spoil_class_without_train(folder):
+    shutil.rmtree(folder / "train" / "bee")
+    return "'bee'", folder / "train"
+
+
 def spoil_text_as_picture(folder):
     (folder / "test" / "cat" / "x.png").write_text("not a picture")
     return folder / "test" / "cat" / "x.png",
