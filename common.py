@@ -323,11 +323,15 @@ class Preprocess:
     @classmethod
     def fit(cls, name, pixels, zca, data_dir):
         """Fit to uint8 training pixels (n, c, h, w); a ZCA matrix is kept under data_dir for the next run."""
-        sums = sum_of(pixels, lambda p: p.double().sum(0)), sum_of(pixels, lambda p: p.double().square().sum(0))
+        sums = [torch.zeros(pixels.shape[1:], dtype=torch.float64, device=pixels.device) for _ in range(2)]
+        for part in pixels.split(256):  # 256 * 255^2 < 2^24: sums of integers are exact in float32, whatever the order
+            x = part.float()
+            sums[0] += x.sum(0)
+            sums[1] += x.square_().sum(0)
         constants = cls.ZCA_RIDGE if zca is True else STATS.get(name)
         kind = "zca-trace" if zca == "trace" else "zca" if zca else "standardise"
         digest = hashlib.sha256(repr((kind, constants, len(pixels))).encode())
-        for total in sums:  # sums of integers below 2^53: exact, whatever the order
+        for total in sums:
             digest.update(total.cpu().numpy().tobytes())
         fingerprint = f"{kind}-{digest.hexdigest()[:16]}"
         n, device = len(pixels), pixels.device
@@ -360,9 +364,13 @@ class Preprocess:
     def __call__(self, pixels):
         """Pixels (n, c, h, w), uint8 or floats in [0, 1] -> preprocessed float32 images."""
         top = 1 if pixels.is_floating_point() else 255
-        if self.kind == "standardise":
-            return (pixels / top - self.mean) / self.std
-        return torch.cat([((p / top - self.mean).flatten(1) @ self.whiten).view_as(p) for p in pixels.split(4096)])
+        images = torch.empty(pixels.shape, device=pixels.device)
+        for part, p in zip(images.split(1024), pixels.split(1024)):  # what lies in between stays in the cache
+            if self.kind == "standardise":
+                torch.div(p / top - self.mean, self.std, out=part)
+            else:
+                torch.mm((p / top - self.mean).flatten(1), self.whiten, out=part.flatten(1))
+        return images
 
     def undo(self, images):
         """Preprocessed images -> pixels in [0, 1] (not clamped): for pictures."""
