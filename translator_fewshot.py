@@ -19,7 +19,8 @@ images and labels (Alg. 2 writes plain gradient descent, FRePo has LAMB), no mir
 theta and theta' without batch norm, as the network that the result is scored with: an image's features then depend on
 nothing but the image, and are computed once. The loss is half the mean over real images, not their sum.
 
-Measured: not yet.
+Measured (short runs on CIFAR-10, 1 image a class, pre-trained on Tiny ImageNet): 40.9 +- 0.6 % adapted, 39.7 in one
+network; the paper has 44.0 and 35.3. See the README, with commands and all six modes.
 """
 import argparse
 import copy
