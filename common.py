@@ -350,8 +350,8 @@ class Preprocess:
             stored = torch.load(cache, map_location=device, weights_only=True)
             return cls(kind, fingerprint, stored["mean"], None, stored["whiten"], stored["restore"])
         mean = (sums[0] / n / 255)
-        covariance = sum_of(pixels, lambda p: (p / 255 - mean.float()).flatten(1).T.double()
-                            @ (p / 255 - mean.float()).flatten(1).double()) / (n - 1)
+        centred = ((part / 255 - mean.float()).flatten(1).double() for part in pixels.split(4096))
+        covariance = sum(x.T @ x for x in centred) / (n - 1)
         std = torch.ones(len(covariance), dtype=torch.float64, device=device)
         if kind == "zca-trace":
             std = torch.tensor(constants[1], device=device).double().repeat_interleave(len(std) // len(constants[1]))
@@ -380,11 +380,6 @@ class Preprocess:
         if self.kind == "standardise":
             return images * self.std + self.mean
         return (images.flatten(1) @ self.restore).view_as(images) + self.mean
-
-
-def sum_of(images, term):
-    """The sum of term(part) over parts of a few thousand images."""
-    return sum(term(part) for part in images.split(4096))
 
 
 # ------------------------------------------------------------------------------------------ DSA
