@@ -371,7 +371,7 @@ def markdown_table(lines):
         gain = line.get("gain", round(line["accuracy"] - line["random_accuracy"], 2))
         name = f"{line['method']} {line.get('variant') or ''}".strip()
         key = (line["dataset"], order, name, line["per_class"], line["network"], norm, not augment, line["iterations"],
-               line["epochs"], line["runs"], line["seed"])
+               line["epochs"], line["runs"], line.get("seed", 0))
         rows[key] = (line["dataset"], name, line["per_class"], line["network"], norm,
                      "yes" if augment else "no", line["iterations"] or "", f"{line['runs']} x {line['epochs']}",
                      f"{line['accuracy']:.2f} +- {line['std']:.2f}",
