@@ -227,6 +227,7 @@ def test_interrupted(method, finished, home, tmp_path, call, monkeypatch):
     """Ctrl-C in the third iteration: a checkpoint, status 130, a message that says how to go on; going on ends with
     the unbroken run's tensors. Ctrl-C while it scores: status 130 too."""
     draw_start, command = common.draw_start, flags(method, home, tmp_path, "--iterations", STEPS)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
 
     def interrupt(experts, settings, seed, it):
         if it == 2:
