@@ -31,6 +31,7 @@ import common, dm, frepo, haba, kfs, mtt, translator_fewshot  # noqa: E401,E402
 from plain import plain_match  # noqa: E402
 
 SHAPE, CLASSES, SEED = (3, 32, 32), 10, 0
+FOLDER = tempfile.TemporaryDirectory(prefix="benchmark_")
 
 
 def noise(count, device):
@@ -52,7 +53,8 @@ def fake_experts(settings, device):
 
 
 def fresh_checkpoint():
-    return pathlib.Path(tempfile.mkdtemp(prefix="benchmark_")) / "checkpoint"
+    """A path where nothing lies yet; the folder goes with the process."""
+    return pathlib.Path(tempfile.mkdtemp(dir=FOLDER.name)) / "checkpoint"
 
 
 def siamese_means(net, images, draw):
