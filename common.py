@@ -193,16 +193,13 @@ def read_folder(folder, size=None):
     classes, others = (sorted(entry.name for entry in os.scandir(split) if entry.is_dir()) for split in splits)
     if len(classes) < 2:
         raise UserError(f"{splits[0]} holds {len(classes)} class folders and two are the least: one folder a class")
-    if {*others} - {*classes}:
-        raise UserError(f"class {min({*others} - {*classes})!r} is in {splits[1]} but not in {splits[0]}: add its pictures "
-                        "there, or remove it")
+    for odd in sorted({*classes} ^ {*others}):
+        has, lacks = splits if odd in classes else reversed(splits)
+        raise UserError(f"class {odd!r} is in {has} but not in {lacks}: add its pictures there, or remove it")
     files, labels, stored_bytes, stamp = [], [[], []], 0, hashlib.sha256(repr((size, classes)).encode())
     for split in (0, 1):
         for label, name in enumerate(classes):
-            try:
-                entries = sorted(os.scandir(splits[split] / name), key=lambda entry: entry.name)
-            except FileNotFoundError:
-                raise UserError(f"class {name!r} is in {splits[0]} but not in {splits[1]}: add its pictures") from None
+            entries = sorted(os.scandir(splits[split] / name), key=lambda entry: entry.name)
             entries = [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
             if not entries:
                 raise UserError(f"{splits[split] / name} has no pictures in it: add some or remove the folder")

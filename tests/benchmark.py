@@ -14,8 +14,6 @@ import argparse
 import json
 import math
 import pathlib
-import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common, dm, frepo, haba, kfs, mtt, translator_fewshot  # noqa: E401,E402
-from plain import plain_match  # noqa: E402
+from plain import peak_memory, plain_match  # noqa: E402
 
 SHAPE, CLASSES, SEED = (3, 32, 32), 10, 0
 FOLDER = tempfile.TemporaryDirectory(prefix="benchmark_")
@@ -57,6 +55,20 @@ def fresh_checkpoint():
     return pathlib.Path(tempfile.mkdtemp(dir=FOLDER.name)) / "checkpoint"
 
 
+def train_plainly(images, labels, epochs, **of_sgd):
+    """A ConvNet trained on images for some epochs, in float32, a batch at a time -> the network."""
+    net = common.ConvNet(SHAPE, CLASSES).to(images.device)
+    sgd = torch.optim.SGD(net.parameters(), **of_sgd)
+    for epoch in range(epochs):
+        for step, index in enumerate(torch.randperm(len(images)).to(images.device).split(256)):
+            x = common.dsa(images[index], *common.draw_dsa(len(index), epoch, step, device=images.device))
+            loss = F.cross_entropy(net(x), labels[index])
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+    return net
+
+
 def siamese_means(net, images, draw):
     return net.features(common.dsa(images, *draw)).mean(0)
 
@@ -76,15 +88,7 @@ def row_expert(device, per_class, steps):
             pass
 
     def plain(n):
-        net = common.ConvNet(SHAPE, CLASSES).to(device)
-        sgd = torch.optim.SGD(net.parameters(), lr=.01)
-        for epoch in range(n):
-            for step, index in enumerate(torch.randperm(len(data.train)).to(device).split(256)):
-                images = common.dsa(data.train[index], *common.draw_dsa(len(index), epoch, step, device=device))
-                loss = F.cross_entropy(net(images), data.train_labels[index])
-                sgd.zero_grad()
-                loss.backward()
-                sgd.step()
+        train_plainly(data.train, data.train_labels, n, lr=.01)
 
     return ours, plain, len(data.train)
 
@@ -99,15 +103,7 @@ def row_evaluation(device, per_class, steps):
 
     def plain(n):
         for _ in range(5):
-            net = common.ConvNet(SHAPE, CLASSES).to(device)
-            sgd = torch.optim.SGD(net.parameters(), lr=.01, momentum=.9, weight_decay=5e-4)
-            for epoch in range(10 * n):
-                for step, index in enumerate(torch.randperm(len(images)).to(device).split(256)):
-                    x = common.dsa(images[index], *common.draw_dsa(len(index), epoch, step, device=device))
-                    loss = F.cross_entropy(net(x), labels[index])
-                    sgd.zero_grad()
-                    loss.backward()
-                    sgd.step()
+            net = train_plainly(images, labels, 10 * n, lr=.01, momentum=.9, weight_decay=5e-4)
             with torch.no_grad():
                 torch.cat([net(x) for x in data.test.split(256)]).argmax(1).eq(data.test_labels).float().mean().item()
 
@@ -350,13 +346,7 @@ def measure(row, way, device, per_class, steps, budget):
     n = max(1, min(40, int(budget / first)))
     # What begins and ends a run (random images, a checkpoint) is the same for 1 and for n + 1 iterations: it cancels out.
     seconds = min((clock(1 + n) - min(first, clock(1))) / n for _ in range(2))
-    status = pathlib.Path("/proc/self/status")
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2 ** 20
-    elif status.exists():
-        peak = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 1024
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else peak_memory()
     floor = None
     if way == "ours":
         counts = []

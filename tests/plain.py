@@ -36,6 +36,11 @@ def peak(way, images, steps):
     step_size = torch.tensor(0.01, requires_grad=True)
     {"ours": common.match_trajectory, "plain": plain_match}[way](
         net, start, start + 0.01, step_size, lambda n: (x, y), steps)
+    return peak_memory()
+
+
+def peak_memory():
+    """Peak resident memory of this process in MB."""
     status = pathlib.Path("/proc/self/status")  # on Linux ru_maxrss starts from the parent's: pytest's
     if status.exists():
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 1024
