@@ -156,8 +156,8 @@ def load_dataset(name, data_dir="data", zca=False, size=None, device="cpu"):
                         "16 to 256: add --size 32 (or 64, 128)")
     train, test = train.to(device), test.to(device)
     preprocess = Preprocess.fit(name, train, zca, data_dir)
-    return Dataset(name, list(classes), preprocess(train), train_labels.to(device), preprocess(test),
-                   test_labels.to(device), preprocess)
+    train, test = (preprocess.kept(pixels, data_dir) for pixels in (train, test))
+    return Dataset(name, list(classes), train, train_labels.to(device), test, test_labels.to(device), preprocess)
 
 
 def read_torchvision(name, data_dir):
@@ -370,6 +370,19 @@ class Preprocess:
                 torch.div(p / top - self.mean, self.std, out=part)
             else:
                 torch.mm((p / top - self.mean).flatten(1), self.whiten, out=part.flatten(1))
+        return images
+
+    def kept(self, pixels, data_dir):
+        """self(pixels); on a CPU, where whitening takes seconds, from or to a file of float32 under data_dir."""
+        if self.kind == "standardise" or pixels.is_cuda:
+            return self(pixels)
+        digest = hashlib.sha256(pixels.numpy()).hexdigest()[:16]  # the order of the images counts here
+        cache = pathlib.Path(data_dir) / ".cache" / f"{self.fingerprint}_{digest}.float32"
+        with contextlib.suppress(OSError, ValueError):
+            return torch.from_numpy(np.memmap(cache, np.float32, "c", shape=tuple(pixels.shape)))
+        images = self(pixels)
+        with contextlib.suppress(UserError):
+            write(images.numpy(), cache)
         return images
 
     def undo(self, images):
@@ -895,6 +908,13 @@ def squared_error(predicted, labels, reduction="sum"):
     return 0.5 * (predicted - labels).square().sum()
 
 
+def image_sampler(distilled, device):
+    """What `score` draws batches from, for a file of plain images: (draw(run, index, *key) -> images, labels; number of
+    entries)."""
+    images, labels = distilled["images"].to(device), distilled["labels"].to(device)
+    return lambda run, index, *key: (images[index], labels[index]), len(images)
+
+
 def score_random(data, stored_per_class, protocol, epochs, runs=5, seed=0, steps=None, side_by_side=None, test=None):
     """Score random real images of the same storage, rounded up -> (images a class, epochs, list as of train_and_test).
 
@@ -1103,9 +1123,10 @@ def iterations(total, path, settings, state, watch, every=60):
     state: {name: tensor, Module or Optimizer}, read from the checkpoint `path` in place when there is one and
     written to it every `every` seconds, at the end and on Ctrl-C (which waits for the iteration under way).
     watch: {"loss": 0-d tensor, "seconds": float}, the caller's: the loss is looked at only when it is shown, so
-    that a GPU is not waited for; seconds of work add up over runs. Raises UserError where a checkpoint belongs to
-    other settings or the loss is not finite, and then keeps the last good checkpoint."""
-    done, spent, interrupted = 0, 0.0, []
+    that a GPU is not waited for; seconds of work add up over runs. Every loss is in the checkpoint, for evaluate.py
+    --curves. Raises UserError where a checkpoint belongs to other settings or the loss is not finite, and then keeps the
+    last good checkpoint."""
+    done, spent, interrupted, losses = 0, 0.0, [], []
     if pathlib.Path(path).exists():
         stored = load(path, "a checkpoint")
         if stored.get("settings") != settings:
@@ -1114,6 +1135,7 @@ def iterations(total, path, settings, state, watch, every=60):
             raise UserError(f"{path} is a checkpoint of other settings ({'; '.join(other) or 'more there'}): remove it "
                             "or take another --out")
         done, spent = stored["iteration"], stored["seconds"]
+        losses.append(stored.get("losses", torch.full((done,), math.nan)))
         if done > total:
             raise UserError(f"{path} is at iteration {done} already, past --iterations {total}: remove it or take "
                             "another --out")
@@ -1136,7 +1158,9 @@ def iterations(total, path, settings, state, watch, every=60):
                             f"rates and another --out; {path} still holds the last good state if it was written")
         kept = {name: v.detach().cpu() if torch.is_tensor(v) else v.state_dict() for name, v in state.items()}
         watch["seconds"] = spent + time.time() - began
-        save({"settings": settings, "iteration": iteration, "seconds": watch["seconds"], "state": kept}, path)
+        losses[:] = [torch.cat([part.float().cpu() for part in losses])]
+        save({"settings": settings, "iteration": iteration, "seconds": watch["seconds"], "losses": losses[0],
+              "state": kept}, path)
 
     def on_interrupt(*_):
         if interrupted:
@@ -1148,6 +1172,7 @@ def iterations(total, path, settings, state, watch, every=60):
     try:
         for iteration in range(done, total):
             yield iteration
+            losses.append(watch["loss"].detach().flatten())
             progress(1, lambda: f"loss {float(watch['loss']):.4f}")
             if time.time() - saved >= every or iteration + 1 == total or interrupted:
                 checkpoint(iteration + 1)

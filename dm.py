@@ -70,10 +70,7 @@ def matching_loss(net, real_means, images, draw=None):
     return distance.sum(), torch.autograd.grad(augmented, leaf, gradient)[0] if draw else gradient
 
 
-def sampler(distilled, device):
-    """What common.score draws batches from: (draw(run, index, *key) -> images, labels; number of entries)."""
-    images, labels = distilled["images"].to(device), distilled["labels"].to(device)
-    return lambda run, index, *key: (images[index], labels[index]), len(images)
+sampler = common.image_sampler  # what common.score draws batches from
 
 
 def main():

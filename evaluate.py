@@ -11,7 +11,7 @@ the papers' numbers (results/targets.csv) beside ours. The same file, seed and m
 digit on a CPU.
 
 In place of such rows: --steps (accuracy over the training budget), --corruption (accuracy on corrupted test images),
---continual (classes that come a few at a time), --picture.
+--continual (classes that come a few at a time), --picture, --curves (loss and accuracy over iterations).
 """
 import argparse
 import collections
@@ -262,6 +262,11 @@ class Set:
         plain = args.no_dsa or self.described.get("augmentation") == "none"  # haba.py --no-dsa
         return found | ({"augment": ()} if plain else {})
 
+    def epochs(self, protocol, args):
+        """--epochs, or the protocol's; of the whole real set at most WHOLE_EPOCHS."""
+        epochs = args.epochs or protocol["epochs"]
+        return min(epochs, WHOLE_EPOCHS) if self.described["method"] == "whole" else epochs
+
 
 def open_sets(args):
     """Load all files and core-sets of the command line -> list of Set. Raises UserError for one that does not fit."""
@@ -311,11 +316,9 @@ def score_sets(sets, args):
             protocol = one.protocol(name, args)
             label, norm = network_label(protocol, one.data)
             for steps in args.steps or (None,):
-                epochs = args.epochs or protocol["epochs"]
+                epochs = one.epochs(protocol, args)
                 if steps:
                     epochs = max(1, round(steps / math.ceil(one.count / protocol["batch"])))
-                elif one.described["method"] == "whole":
-                    epochs = min(epochs, WHOLE_EPOCHS)
                 # Sets of the same storage are compared with the same random images: those are trained on once.
                 storage = math.ceil(one.described["stored_per_class"] / math.prod(one.data.shape))
                 key = (one.data.preprocess.fingerprint, storage, label, norm, protocol["adam"], protocol["augment"],
@@ -458,8 +461,7 @@ def score_corruption(sets, args):
         for name in args.network or (None,):
             protocol = one.protocol(name, args)
             label, norm = network_label(protocol, one.data)
-            epochs = args.epochs or protocol["epochs"]
-            epochs = min(epochs, WHOLE_EPOCHS) if one.described["method"] == "whole" else epochs
+            epochs = one.epochs(protocol, args)
 
             def test(net, parameters):  # -> accuracies (kinds, 6)
                 clean = common.accuracy(net, parameters, one.data.test, one.data.test_labels)
@@ -681,15 +683,14 @@ def write_image(image, path):
 
 def name_rows(path, classes):
     """Put the class names to the left of a picture whose rows are in class order."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
     with Image.open(path) as picture:
         picture = picture.convert("RGB")
-    font = ImageFont.load_default(18)
-    margin = 16 + int(max(font.getlength(name) for name in classes))
+    margin = 16 + int(max(font(18).getlength(name) for name in classes))
     named = Image.new("RGB", (picture.width + margin, picture.height), "white")
     named.paste(picture, (margin, 0))
     for i, name in enumerate(classes):
-        ImageDraw.Draw(named).text((8, picture.height * (i + .5) / len(classes)), name, "black", font, anchor="lm")
+        ImageDraw.Draw(named).text((8, picture.height * (i + .5) / len(classes)), name, "black", font(18), anchor="lm")
     write_image(named, path)
 
 
@@ -733,7 +734,7 @@ def first_of_class(one, most):
 def draw_plane(path, one, args):
     """Real images (dots) and those of the set (squares) by the first two principal components of the real ones'
     features, in a network trained on the real set. The papers use t-SNE, which bends distances; a plane does not."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
     net, _ = train_features(one.data, args.data_dir, args.seed)
     real, labels = one.data.random_real(min(200, one.data.train_labels.bincount().min().item()), "plane")
     index, own_labels = first_of_class(one, 50)
@@ -745,7 +746,6 @@ def draw_plane(path, one, args):
                                                     torch.cat([points, own_points]).max)]))
     side, margin = 1400, 60
     place = lambda p: ((p - low) / (high - low) * (side - 2 * margin) + margin).cpu().tolist()  # noqa: E731
-    font = ImageFont.load_default(30)
     image = Image.new("RGB", (side + 300, side), "white")
     pen = ImageDraw.Draw(image)
     for (x, y), label in zip(place(points), labels.tolist()):
@@ -754,10 +754,10 @@ def draw_plane(path, one, args):
         pen.rectangle((x - 9, y - 9, x + 9, y + 9), PALETTE[label % 10], "black", 2)
     for i, name in enumerate(one.data.classes[:30]):
         pen.rectangle((side + 10, 60 + 44 * i, side + 34, 84 + 44 * i), PALETTE[i % 10])
-        pen.text((side + 46, 72 + 44 * i), name, "black", font, anchor="lm")
+        pen.text((side + 46, 72 + 44 * i), name, "black", font(30), anchor="lm")
     title = f"features of real images (dots) and of {one.described['method']} (squares), PCA"
-    pen.text((margin, 30), title, "black", font, anchor="lm")
-    write_image(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS), path)
+    pen.text((margin, 30), title, "black", font(30), anchor="lm")
+    write_image(half(image), path)
 
 
 def lighten(colour):
@@ -767,42 +767,96 @@ def lighten(colour):
 
 def draw_curves(path, title, x_label, curves):
     """Accuracy curves with their spread as a PNG. curves: {name: [(x, mean, std), ...]}."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
     xs = sorted({x for curve in curves.values() for x, _, _ in curve})
-    tops = [m + s for curve in curves.values() for _, m, s in curve]
-    bottoms = [m - s for curve in curves.values() for _, m, s in curve]
-    low, high = 10 * math.floor(max(0, min(bottoms)) / 10), 10 * math.ceil(max(tops) / 10)
+    heights = [m + sign * s for curve in curves.values() for _, m, s in curve for sign in (-1, 1)]
+    image = Image.new("RGB", (1320, 1020 + 44 * len(curves)), "white")
+    pen = ImageDraw.Draw(image)
+    place = draw_axes(pen, (160, 100, 1100, 760), title, x_label, xs, heights, " %")
+    for i, (name, curve) in enumerate(curves.items()):
+        colour, at = PALETTE[i % len(PALETTE)], 1000 + 44 * i
+        draw_curve(pen, place, curve, colour)
+        pen.line((160, at, 220, at), colour, 6)
+        pen.text((240, at), name, "black", font(), anchor="lm")
+    write_image(half(image), path)
+
+
+def draw_training(args):
+    """--curves: for each checkpoint its loss over the iterations (means of a hundredth of them), and beside it the
+    accuracies that OUT/results.jsonl has of its method, data set and budget after so many iterations."""
+    from PIL import Image, ImageDraw
+    path = out_folder(args) / "results.jsonl"
+    lines, height = read_results(path) if path.exists() else [], 560
+    image = Image.new("RGB", (2200, height * len(args.curves)), "white")
+    pen = ImageDraw.Draw(image)
+    for i, checkpoint in enumerate(args.curves):
+        stored = common.load(checkpoint, "a checkpoint")
+        if not {"settings", "losses"} <= stored.keys() or not stored["losses"].isfinite().any():
+            raise common.UserError(f"{checkpoint} has no losses: give the .ckpt of a distillation of this project")
+        method, dataset, per_class = (stored["settings"][key] for key in ("method", "dataset", "per class"))
+        edges = np.linspace(0, stored["iteration"], min(100, stored["iteration"]) + 1).round().astype(int)
+        means = [(int(end), stored["losses"][start:end].nanmean().item(), 0) for start, end in zip(edges, edges[1:])]
+        means = [point for point in means if math.isfinite(point[1])]
+        scored = {line["iterations"]: (line["iterations"], line["accuracy"], line["std"]) for line in lines
+                  if (line["method"], line["dataset"], line["per_class"]) == (method, dataset, per_class)}
+        for left, what, curve, unit in ((160, "loss", means, ""), (1260, "accuracy", sorted(scored.values()), " %")):
+            if curve:
+                place = draw_axes(pen, (left, 90 + height * i, 860, height - 200), f"{method}, {dataset}, {per_class} a "
+                                  f"class: {what}", "iterations", ticks(0, max(x for x, _, _ in curve)),
+                                  [m + sign * s for _, m, s in curve for sign in (-1, 1)], unit)
+                draw_curve(pen, place, curve, PALETTE[0], dots=what == "accuracy")
+    write_image(half(image), out_folder(args) / "curves.png")
+
+
+def ticks(low, high):
+    """Four to nine round numbers from at or below low to at or above high."""
+    rough = max(high - low, 1e-9) / 5
+    step = min((m * 10. ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
+    return [step * k for k in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)]
+
+
+def draw_axes(pen, box, title, x_label, xs, ys, unit):
+    """Title, grid and numbers of a panel -> place(x, y) in pixels. box: its left, top, width, height; xs: the numbers to
+    write below it; ys: what it has to hold."""
+    left, top, width, height = box
+    ys = ticks(min(ys), max(ys))
     scale = math.log if min(xs) > 0 and max(xs) / min(xs) > 20 else float        # budgets of 100 to 10000 steps
-    left, top, width, height = 160, 100, 1100, 760
-    image = Image.new("RGB", (left + width + 60, top + height + 160 + 44 * len(curves)), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(32)
 
     def place(x, y):
         across = (scale(x) - scale(xs[0])) / ((scale(xs[-1]) - scale(xs[0])) or 1)
-        return left + width * (.03 + .94 * across), top + height * (1 - (y - low) / ((high - low) or 1))
+        return left + width * (.03 + .94 * across), top + height * (1 - (y - ys[0]) / ((ys[-1] - ys[0]) or 1))
 
-    pen.text((left, 50), title, "black", font, anchor="lm")
-    for y in range(low, high + 1, 10):
+    pen.text((left, top - 50), title, "black", font(), anchor="lm")
+    for y in ys:
         at = place(xs[0], y)[1]
         pen.line((left, at, left + width, at), "#dddddd", 2)
-        pen.text((left - 16, at), f"{y} %", "black", font, anchor="rm")
+        pen.text((left - 16, at), f"{y:.4g}{unit}", "black", font(), anchor="rm")
     for x in xs:
-        pen.text((place(x, 0)[0], top + height + 30), f"{x:g}", "black", font, anchor="mm")
-    pen.text((left + width / 2, top + height + 80), x_label, "black", font, anchor="mm")
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = PALETTE[i % len(PALETTE)]
-        points = [place(x, mean) for x, mean, _ in curve]
-        pen.line(points, colour, 6, "curve")
-        for (x, mean, std), (px, py) in zip(curve, points):
-            above, below = place(x, mean + std)[1], place(x, mean - std)[1]
-            pen.line((px, above, px, below), colour, 3)
-            pen.line((px - 10, above, px + 10, above), colour, 3)
-            pen.line((px - 10, below, px + 10, below), colour, 3)
-            pen.ellipse((px - 8, py - 8, px + 8, py + 8), colour)
-        at = top + height + 140 + 44 * i
-        pen.line((left, at, left + 60, at), colour, 6)
-        pen.text((left + 80, at), name, "black", font, anchor="lm")
-    write_image(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS), path)
+        pen.text((place(x, 0)[0], top + height + 30), f"{x:g}", "black", font(), anchor="mm")
+    pen.text((left + width / 2, top + height + 80), x_label, "black", font(), anchor="mm")
+    return place
+
+
+def draw_curve(pen, place, curve, colour, dots=True):
+    """A line through [(x, mean, std), ...]; dots: with a dot and the spread at each."""
+    pen.line([place(x, mean) for x, mean, _ in curve], colour, 6, "curve")
+    for x, mean, std in curve if dots else ():
+        (px, py), above, below = place(x, mean), place(x, mean + std)[1], place(x, mean - std)[1]
+        pen.line((px, above, px, below), colour, 3)
+        pen.line((px - 10, above, px + 10, above), colour, 3)
+        pen.line((px - 10, below, px + 10, below), colour, 3)
+        pen.ellipse((px - 8, py - 8, px + 8, py + 8), colour)
+
+
+def font(size=32):
+    from PIL import ImageFont
+    return ImageFont.load_default(size)
+
+
+def half(image):
+    """Pictures are drawn at twice their size: smooth lines without a library."""
+    from PIL import Image
+    return image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -829,6 +883,7 @@ def main():
     add("--set", nargs="+", metavar="NAME=VALUE", help="settings of the method with --continual, e.g. iterations=100")
     add("--picture", nargs="+", choices=("images", "factors", "plane"), metavar="NAME",
         help="draw instead of scoring: images, factors (of HaBa, KFS), plane (PCA of features)")
+    add("--curves", nargs="+", metavar="CKPT", help="draw loss and accuracy over iterations: checkpoints, OUT/results.jsonl")
     add("--table", action="store_true", help="Markdown table of OUT/results.jsonl, kept as OUT/table.md")
     add("--together", choices=("yes", "no"), help="train a row's networks side by side (on a GPU yes, on a CPU no)")
     add("--seed", type=int, default=0, help="starts of the networks, order, augmentation (0)")
@@ -840,6 +895,8 @@ def main():
 
     if args.continual:
         continual(args)
+    elif args.curves:
+        draw_training(args)
     elif args.files or args.coreset:
         sets = open_sets(args)
         if args.picture:
@@ -849,7 +906,7 @@ def main():
         else:
             score_sets(sets, args)
     elif not args.table:
-        raise common.UserError("nothing to score: give distilled files, --coreset, --continual or --table")
+        raise common.UserError("nothing to do: give distilled files, --coreset, --continual, --curves or --table")
     if args.table:
         table = markdown_table(read_results(out_folder(args) / "results.jsonl"))
         common.write(table.encode(), out_folder(args) / "table.md")

@@ -77,10 +77,7 @@ def distill(data, ipc, settings, seed, experts, checkpoint):
     return {"images": images.detach(), "labels": labels}, step_size.item(), watch["seconds"]
 
 
-def sampler(distilled, device):
-    """What common.score draws batches from: (draw(run, index, *key) -> images, labels; number of entries)."""
-    images, labels = distilled["images"].to(device), distilled["labels"].to(device)
-    return lambda run, index, *key: (images[index], labels[index]), len(images)
+sampler = common.image_sampler  # what common.score draws batches from
 
 
 def main():

@@ -406,10 +406,10 @@ def load_translator(path, data, mode):
 
 def sampler(distilled, device):
     """What common.score draws batches from: (draw(run, index, *key) -> images, labels; number of entries)."""
-    images, labels = distilled["images"].to(device), distilled["labels"].to(device)
     if distilled["settings"]["down_sample"]:
-        images = F.interpolate(images, size=distilled["shape"][-1], mode="bilinear", align_corners=False)
-    return lambda run, index, *key: (images[index], labels[index]), len(images)
+        images = F.interpolate(distilled["images"], size=distilled["shape"][-1], mode="bilinear", align_corners=False)
+        distilled = distilled | {"images": images}
+    return common.image_sampler(distilled, device)
 
 
 def main():

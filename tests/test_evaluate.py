@@ -416,8 +416,43 @@ def test_pictures(home, tmp_path, call):
     told(*call(evaluate, path, "--picture", "factors", "--data-dir", home), "no factors", "haba.py")
 
 
+def test_ticks():
+    """Round numbers that hold the range."""
+    assert evaluate.ticks(0, 300) == [0, 50, 100, 150, 200, 250, 300]
+    assert evaluate.ticks(13.7, 17.6) == [13, 14, 15, 16, 17, 18]
+    for low, high in ((.74, .98), (-3, 8000), (5, 5), (1e-4, 3e-4)):
+        found = evaluate.ticks(low, high)
+        assert found[0] <= low and found[-1] >= high - 1e-9 and len(found) <= 9
+
+
+def test_curves(tmp_path, call, monkeypatch):
+    """--curves: a panel of losses, and one of accuracies where results.jsonl has some of the same method, data set and
+    budget; a checkpoint without losses is refused."""
+    panels = []
+    draw = evaluate.draw_curve
+    same = {"method": "dm", "dataset": "tiny", "per class": 1}
+    losses = torch.arange(250.)
+    losses[:10] = math.nan  # iterations of an older version
+    common.save({"settings": same, "iteration": 250, "seconds": 1., "state": {}, "losses": losses}, tmp_path / "one.ckpt")
+    for method, iterations, accuracy in (("dm", 100, 20.), ("dm", 50, 10.), ("mtt", 50, 30.), ("dm", 50, 11.)):
+        line = {"method": method, "dataset": "tiny", "per_class": 1, "iterations": iterations, "accuracy": accuracy, "std": 1.}
+        common.append_line(json.dumps(line), tmp_path / "results.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "draw_curve", lambda pen, place, curve, *rest, **more: panels.append(curve) or
+                      draw(pen, place, curve, *rest, **more))
+        status, _, err = call(evaluate, "--curves", tmp_path / "one.ckpt", "--out", tmp_path)
+    assert status == 0, err
+    looks_right(tmp_path / "curves.png")
+    loss, accuracy = panels
+    assert accuracy == [(50, 11., 1.), (100, 20., 1.)]
+    assert len(loss) == 96 and loss[-1] == (250, pytest.approx(248.5), 0)  # of 248 and 249
+    common.save({"settings": same, "iteration": 1, "losses": torch.tensor([math.nan])}, tmp_path / "old.ckpt")
+    told(*call(evaluate, "--curves", tmp_path / "old.ckpt", "--out", tmp_path), "old.ckpt", "no losses")
+    told(*call(evaluate, "--curves", tmp_path / "none.ckpt", "--out", tmp_path), "none.ckpt", "does not exist")
+
+
 @pytest.mark.parametrize("flags, words", (
-    ((), ("nothing to score",)), (("--coreset", "random"), ("--dataset",)),
+    ((), ("nothing to do",)), (("--coreset", "random"), ("--dataset",)),
     (("--table", "--out", "nowhere"), ("results.jsonl",)),
     (("--coreset", "random", "--dataset", "tiny", "--network", "vgg11"), ("28 to 256", "16")),
     (("--coreset", "herding", "--dataset", "tiny", "--ipc", 9), ("9 images a class", "8")),

@@ -260,6 +260,26 @@ def test_zca_cache(tmp_path, monkeypatch):
     assert torch.equal(common.Preprocess.fit("noise", pixels, True, tmp_path)(pixels), first)
 
 
+def test_whitened_images_kept(tmp_path, monkeypatch):
+    """Whitened images are read from the file of the first call, to the bit, and can be written to without changing it;
+    the same images in another order are whitened anew, and so are those of a file that is too short."""
+    pixels = correlated_pixels()
+    fitted = common.Preprocess.fit("noise", pixels, True, tmp_path)
+    white, calls, whiten = fitted(pixels), [], common.Preprocess.__call__
+    monkeypatch.setattr(common.Preprocess, "__call__", lambda *args: calls.append(1) or whiten(*args))
+    for _ in range(2):
+        kept = fitted.kept(pixels, tmp_path)
+        assert torch.equal(kept, white) and kept.shape == pixels.shape
+        kept += 1
+    assert len(calls) == 1
+    assert torch.equal(fitted.kept(pixels.flip(0), tmp_path), white.flip(0)) and len(calls) == 2
+    for file in tmp_path.glob(".cache/*.float32"):
+        file.write_bytes(file.read_bytes()[:1000])
+    assert torch.equal(fitted.kept(pixels, tmp_path), white) and len(calls) == 3
+    flat = common.Preprocess.fit("noise", pixels, False, tmp_path)
+    assert torch.equal(flat.kept(pixels, tmp_path), flat(pixels)) and len(list(tmp_path.glob(".cache/*.float32"))) == 2
+
+
 @pytest.mark.parametrize("zca", (True, False))
 def test_fingerprint(zca, tmp_path):
     """The fingerprint does not depend on the images' order, and one pixel changed by one level changes it."""

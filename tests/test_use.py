@@ -246,6 +246,9 @@ def test_interrupted(method, finished, home, tmp_path, call, monkeypatch):
         status, out, err = call(method, *command)
     assert status == 130 and "Traceback" not in err and "same command" in err
     assert same_tensors(distilled_file(method, tmp_path), distilled_file(method, finished[method]))
+    losses, unbroken = (torch.load(file.with_suffix(".ckpt"), weights_only=True)["losses"]
+                        for file in (name, distilled_file(method, finished[method])))
+    assert torch.equal(losses, unbroken) and len(losses.unique()) == STEPS and losses.isfinite().all()
     assert call(method, *command)[0] == 0
 
 
