@@ -947,8 +947,7 @@ def score(data, distilled, draw, count, out, epochs=None, runs=5, seed=0, protoc
     else:
         per_class, random_epochs, percentages = distilled["per_class"], epochs, found
     line = {key: distilled[key] for key in ("method", "dataset", "per_class", "stored_per_class", "network")}
-    variant = distilled["settings"].get("mode", distilled["settings"].get("objective"))  # of the translator, of HaBa
-    line |= {"variant": variant, "augment": bool(protocol["augment"]), "accuracy": np.mean(found).round(2), "std": np.std(found).round(2),
+    line |= {"augment": bool(protocol["augment"]), "accuracy": np.mean(found).round(2), "std": np.std(found).round(2),
              "runs": runs, "epochs": epochs, "random_images_per_class": per_class,
              "random_accuracy": np.mean(percentages).round(2), "random_std": np.std(percentages).round(2),
              "random_epochs": random_epochs, **(random or {}),
@@ -1055,17 +1054,6 @@ def load_distilled(path):
     if distilled.get("format") != "distilled 1" or not needed <= distilled.keys():
         raise UserError(f"{path} is not a distilled file of this project: give one that mtt.py, haba.py, ... wrote")
     return distilled
-
-
-def check_fit(path, distilled, data):
-    """Raise UserError where a distilled file and a data set differ in image shape, classes or preprocessing."""
-    for what, theirs, ours in (("image shape", tuple(distilled["shape"]), data.shape),
-                               ("classes", list(distilled["classes"]), data.classes),
-                               ("preprocessing", distilled["fingerprint"], data.preprocess.fingerprint)):
-        if theirs != ours:
-            theirs, ours = (str(v) if len(str(v)) < 60 else f"{len(v)} classes, {v[0]} ..." for v in (theirs, ours))
-            raise UserError(f"{path} has {what} {theirs}, the data set {data.name} has {ours}: score it on the data "
-                            "it was distilled from (--dataset, --data-dir, --size)")
 
 
 def save_picture(path, data, images, per_row):

@@ -25,12 +25,11 @@ import common
 
 METHOD = "dm"
 
-# The authors' settings, the same for all of its data sets. lr: of the pixels, momentum 0.5;
-# lr_from_100: from 100 images a class on. batch_real: real images a class. dsa: augment (Siamese).
-SETTINGS = {
-    ("cifar10", 1): dict(zca=False, iterations=20000, lr=1., lr_from_100=10., batch_real=256, dsa=True),
-}
-SETTINGS[("glyphs", 1)] = SETTINGS[("cifar10", 1)] | dict(iterations=100, batch_real=64)  # a short run
+# The authors' settings, the same for all of its data sets; other budgets take the row that is nearest in ratio. lr: of the
+# pixels, momentum 0.5. batch_real: real images a class. dsa: augment (Siamese).
+ROW = dict(zca=False, iterations=20000, lr=1., batch_real=256, dsa=True)
+SETTINGS = {("cifar10", 1): ROW, ("cifar10", 50): ROW, ("cifar10", 100): ROW | dict(lr=10.)}
+SETTINGS[("glyphs", 1)] = ROW | dict(iterations=100, batch_real=64)  # a short run
 
 
 def distill(data, ipc, settings, seed, checkpoint):
@@ -79,12 +78,10 @@ def main():
     common.add_arguments(parser, "ipc", "synthetic images a class")
     add = parser.add_argument
     add("--iterations", type=common.positive, help="distillation iterations (20000)")
-    add("--lr", type=common.amount, help="learning rate of the pixels (1; from 100 images a class on 10)")
+    add("--lr", type=common.amount, help="learning rate of the pixels (1; at 100 images a class 10)")
     add("--batch-real", type=common.positive, help="real images a class in an iteration (256)")
     args = parser.parse_args()
-    row = common.settings_for(SETTINGS, args.dataset, args.ipc)
-    lr_from_100 = row.pop("lr_from_100")
-    settings = common.merge_settings(row | ({"lr": lr_from_100} if args.ipc >= 100 else {}), args)
+    settings = common.merge_settings(common.settings_for(SETTINGS, args.dataset, args.ipc), args)
 
     path = common.output_path(METHOD, args, f"ipc{args.ipc}")
     data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))

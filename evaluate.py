@@ -73,8 +73,9 @@ def replace_norms(net, norm):
 
 
 def first_pad(shape, kernel=3):
-    """Padding of a first convolution of stride 1: 28x28 digits become 32x32 maps, as in the ConvNet."""
-    return kernel // 2 + 2 * (tuple(shape) == (1, 28, 28))
+    """Padding of a first convolution of stride 1: 28x28 digits become 32x32 maps, as in the ConvNet; five halvings want
+    32."""
+    return kernel // 2 + 2 * (shape[-1] < 32)
 
 
 def build_alexnet(shape, classes):
@@ -102,7 +103,8 @@ def build_vgg11(shape, classes):
 def build_resnet(blocks, average=False):
     """torchvision's ResNet of basic blocks (2, 2, 2, 2: ResNet18, 11,173,962 parameters; 1, 1, 1, 1: ResNet10,
     4,903,242), up to 64 pixels with a 3x3 stem and no pool. average: ResNetAP (IDC), average pools in place of strides
-    (as in DC's ResNet18_AP but with one linear layer behind a global pool)."""
+    (as in DC's ResNet18_AP but with one linear layer behind a global pool). Convolutions start as torch's do, like those of
+    DC's code, not as torchvision's."""
     def build(shape, classes):
         from torchvision.models.resnet import BasicBlock, ResNet
         net = ResNet(BasicBlock, blocks, num_classes=classes)
@@ -112,6 +114,8 @@ def build_resnet(blocks, average=False):
             net.conv1 = nn.Conv2d(shape[0], 64, 7, 1 if average else 2, padding=3, bias=False)
             net.maxpool = nn.AvgPool2d(4) if average else net.maxpool
         for block in net.modules():
+            if isinstance(block, nn.Conv2d):
+                block.reset_parameters()
             if average and isinstance(block, BasicBlock) and block.stride == 2:
                 block.conv1.stride = block.downsample[0].stride = (1, 1)
                 block.conv2 = nn.Sequential(nn.AvgPool2d(2), block.conv2)
@@ -161,7 +165,9 @@ def train_features(data, data_dir, seed):
     net = common.seeded((seed, "features"), common.ConvNet, data.shape, len(data.classes)).to(device)
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     right, forgotten = (torch.zeros(len(images), device=device) for _ in range(2))
-    path = pathlib.Path(data_dir) / "coresets" / f"{data.name}_{data.preprocess.fingerprint[:-8]}_seed{seed}.ckpt"
+    order = hashlib.sha256(labels.cpu().numpy())  # the counts are by number: the same images in the same order
+    order.update(images[:, :, images.shape[2] // 2].cpu().contiguous().numpy())
+    path = pathlib.Path(data_dir) / "coresets" / f"{data.name}_{order.hexdigest()[:16]}_seed{seed}.ckpt"
     same, watch = common.identity("core-sets", data, 0, {}, seed), {"loss": torch.zeros(())}
     state = {"net": net, "sgd": sgd, "right": right, "forgotten": forgotten}
     parameters = {name: p[None] for name, p in net.named_parameters()}  # one network "side by side"
@@ -205,7 +211,7 @@ def k_center(features, count):
 
 def choose_coreset(kind, data, ipc, data_dir, seed):
     """Indices (C * ipc,) of training images in class order. Forgetting: those with the most forgetting events, ties at
-    random; images that were never right have none. Raises UserError where a class has fewer than ipc images."""
+    random; images that were never right have none (Toneva et al. put those first). Raises UserError where a class has fewer than ipc images."""
     data.random_real(ipc)  # enough images? before the network is trained
     net, forgotten = train_features(data, data_dir, seed)
     chosen = []
@@ -257,10 +263,15 @@ class Set:
         """The method's protocol with network `name` (None: its own) and the norm and augmentation of the flags."""
         found = getattr(self.method, "PROTOCOL", common.PROTOCOL)
         found = dict(found(self.count) if callable(found) else found)
-        if name or args.norm == "batch":
+        if name or args.norm == "batch" and found["network"] is common.ConvNet:  # FRePo's network has no norm
             found["network"] = build_network(name or "convnet", args.norm)
         plain = args.no_dsa or self.described.get("augmentation") == "none"  # haba.py --no-dsa
         return found | ({"augment": ()} if plain else {})
+
+    @property
+    def variant(self):
+        """What is not as in the method's main table: the translator's mode, HaBa's objective and ablations."""
+        return self.method.variant(self.described["settings"]) if hasattr(self.method, "variant") else None
 
     def epochs(self, protocol, args):
         """--epochs, or the protocol's; of the whole real set at most WHOLE_EPOCHS."""
@@ -280,23 +291,42 @@ def open_sets(args):
                 network_label({"network": build_network(network, args.norm)}, datasets[key])
         return datasets[key]
 
-    for path in args.files:
+    for path, stem in zip(args.files, stems([pathlib.Path(path) for path in args.files])):
         distilled = common.load_distilled(path)
         if distilled["method"] not in METHODS:
             raise common.UserError(f"{path} was made by {distilled['method']!r}, which is none of {', '.join(METHODS)}")
         zca = {"zca": True, "zca-trace": "trace"}.get(distilled["preprocess"], False)
         data = load(args.dataset or distilled["dataset"], args.size or distilled["settings"]["size"], zca)
-        common.check_fit(path, distilled, data)
+        check_fit(path, distilled, data)
         method = importlib.import_module(distilled["method"])  # its sampler turns what is stored into training images
         draw, count = method.sampler(distilled, data.device)
-        sets.append(Set(pathlib.Path(path).stem, data, distilled, draw, count, method))
+        sets.append(Set(stem, data, distilled, draw, count, method))
     for kind in args.coreset or ():
         if not (args.dataset or sets):
             raise common.UserError("--coreset needs the data set that it is taken from: add --dataset, e.g. cifar10")
-        data = load(args.dataset or sets[0].described["dataset"], args.size, False)  # never whitened, as in the papers
+        size = args.size or (sets[0].described["settings"].get("size") if sets else None)
+        data = load(args.dataset or sets[0].described["dataset"], size, False)  # never whitened, as in the papers
         described, draw, count = open_coreset(kind, data, args.ipc, args)
         sets.append(Set(f"{kind}_{data.name}_ipc{args.ipc}", data, described, draw, count))
     return sets
+
+
+def stems(paths):
+    """Names of files for curves and pictures: with their folder, or a number, where two have the same."""
+    names = [path.stem for path in paths]
+    names = [name if names.count(name) == 1 else f"{path.absolute().parent.name}_{name}" for name, path in zip(names, paths)]
+    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names, 1)]
+
+
+def check_fit(path, distilled, data):
+    """Raise UserError where a distilled file and a data set differ in image shape, classes or preprocessing."""
+    for what, theirs, ours in (("image shape", tuple(distilled["shape"]), data.shape),
+                               ("classes", list(distilled["classes"]), data.classes),
+                               ("preprocessing", distilled["fingerprint"], data.preprocess.fingerprint)):
+        if theirs != ours:
+            theirs, ours = (str(v) if len(str(v)) < 60 else f"{len(v)} classes, {v[0]} ..." for v in (theirs, ours))
+            raise common.UserError(f"{path} has {what} {theirs}, the data set {data.name} has {ours}: score it on the data "
+                            "it was distilled from (--dataset, --data-dir, --size)")
 
 
 def network_label(protocol, data):
@@ -317,21 +347,27 @@ def score_sets(sets, args):
             label, norm = network_label(protocol, one.data)
             for steps in args.steps or (None,):
                 epochs = one.epochs(protocol, args)
-                if steps:
-                    epochs = max(1, round(steps / math.ceil(one.count / protocol["batch"])))
+                if steps:  # whole epochs, the number that is nearest
+                    an_epoch = math.ceil(one.count / protocol["batch"])
+                    epochs = max(1, round(steps / an_epoch))
+                    steps = epochs * an_epoch
                 # Sets of the same storage are compared with the same random images: those are trained on once.
                 storage = math.ceil(one.described["stored_per_class"] / math.prod(one.data.shape))
                 key = (one.data.preprocess.fingerprint, storage, label, norm, protocol["adam"], protocol["augment"],
-                       steps or epochs / protocol["epochs"])
+                       steps or (epochs if protocol["adam"] else epochs / protocol["epochs"]))
                 random = {} if one.described["method"] in ("random", "whole") else known.get(key)
                 line = common.score(one.data, one.described | {"network": label}, one.draw, one.count, out_folder(args),
                                     epochs, args.runs, args.seed, protocol, steps, random, args.together,
-                                    {"norm": norm} | ({"steps": steps} if steps else {}))
+                                    {"norm": norm, "variant": one.variant} | ({"steps": steps} if steps else {}))
                 if one.described["method"] != "whole":
                     known[key] = {name: value for name, value in line.items() if name.startswith("random_")}
-                for what, which in ((one.stem, ""), (f"random real as {one.stem}", "random_")):
-                    point = steps, line[f"{which}accuracy"], line["random_std" if which else "std"]
-                    curves.setdefault(f"{what}, {label}", []).append(point)
+                if steps:
+                    batch = protocol["batch"] if protocol["adam"] else common.PROTOCOL["batch"]
+                    an_epoch = math.ceil(line["random_images_per_class"] * len(one.data.classes) / batch)
+                    for what, point in ((one.stem, (steps, line["accuracy"], line["std"])),
+                                        (f"random real as {one.stem}", (line["random_epochs"] * an_epoch,
+                                                                        line["random_accuracy"], line["random_std"]))):
+                        curves.setdefault(f"{what}, {label}", []).append(point)
     if args.steps:
         draw_curves(out_folder(args) / "steps.png", "accuracy over the training budget", "SGD steps", curves)
 
@@ -344,27 +380,30 @@ def out_folder(args):
 # ------------------------------------------------------------------------------------------ the table
 
 def paper_number(line, targets):
-    """The paper's accuracy for a line of results: "48.3 +- 0.8 (haba Tab.1 (BPC 1))", or "" where there is none. HaBa's
-    rows are found by their bases a class, the others' by images; the translator's by its mode, FRePo's network being the
-    paper's."""
-    modes = {"one-net": "-1net", "scratch": "-wo-pretrain", "autoencoder": "-ae", "no-adaptation": "-wo-ada",
-             "bilevel": "-bilevel"}
-    method, network = line["method"], line["network"]
-    if method == "translator_fewshot":
-        method, network = "translator" + modes.get(line.get("variant"), ""), network.removeprefix("frepo-")
+    """The paper's accuracies for a line of results: "48.3 +- 0.8 (haba Tab.1 (BPC 1))", or "" where there is none. HaBa's
+    rows are found by their bases a class, the others' by images; the translator's by its mode, in FRePo's network."""
+    modes = {None: "", "adapted": "", "adapted ds": "-ds", "one-net": "-1net", "scratch": "-wo-pretrain",
+             "autoencoder": "-ae", "no-adaptation": "-wo-ada", "bilevel": "-bilevel"}
+    method, network, variant = line["method"], line["network"], line.get("variant")
     if line.get("norm") == "batch" or not line.get("augment", True) or line.get("steps"):
         return ""
-    for row in targets:
-        bases = re.search(r"BPC (\d+)", row["source"])
-        if (row["method"].replace("kcenter", "k-center"), row["dataset"], row["network"],
-                int(bases[1] if bases and row["method"] == "haba" else row["images_per_class"])) == (
-                method, line["dataset"], network, line["per_class"]):
-            return f"{row['mean']} +- {row['std']} ({row['source']})"
-    return ""
+    if method == "translator_fewshot" and network.startswith("frepo-"):
+        method, network = f"translator{modes.get(variant, '?')}", network.removeprefix("frepo-")
+    elif variant not in (None, "mtt"):  # another objective of HaBa's, an ablation
+        return ""
+
+    def fits(row):
+        bases = re.search(r"BPC (\d+)", row["source"]) if row["method"] == "haba" else None
+        budget = int(bases[1] if bases else row["images_per_class"])
+        ours, theirs = (re.sub(r"convnet\d", "convnet", name) for name in (network, row["network"]))  # depth: by size
+        return (row["method"].replace("kcenter", "k-center"), row["dataset"], theirs, budget) == (
+            method, line["dataset"], ours, line["per_class"])
+
+    return "; ".join(f"{row['mean']} +- {row['std']} ({row['source']})" for row in targets if fits(row))
 
 
 def markdown_table(lines):
-    """Lines of results.jsonl as a Markdown table, core-sets first; of the same row scored twice the last one counts."""
+    """Lines of results.jsonl as a Markdown table, core-sets first; of a file scored twice alike the last one counts."""
     path = pathlib.Path(__file__).parent / "results" / "targets.csv"
     targets = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
     rows = {}
@@ -373,10 +412,12 @@ def markdown_table(lines):
         norm, augment = line.get("norm", "instance"), line.get("augment", True)  # older lines lack some
         gain = line.get("gain", round(line["accuracy"] - line["random_accuracy"], 2))
         name = f"{line['method']} {line.get('variant') or ''}".strip()
+        steps = line.get("steps")
         key = (line["dataset"], order, name, line["per_class"], line["network"], norm, not augment, line["iterations"],
-               line["epochs"], line["runs"], line.get("seed", 0))
-        rows[key] = (line["dataset"], name, line["per_class"], line["network"], norm,
-                     "yes" if augment else "no", line["iterations"] or "", f"{line['runs']} x {line['epochs']}",
+               steps or 0, line["epochs"], line["runs"], line.get("seed", 0), line.get("scoring_seed", 0),
+               line.get("seconds", 0))  # of distilling: one file, one number
+        rows[key] = (line["dataset"], name, line["per_class"], line["network"], norm, "yes" if augment else "no",
+                     line["iterations"] or "", f"{line['runs']} x {f'{steps} steps' if steps else line['epochs']}",
                      f"{line['accuracy']:.2f} +- {line['std']:.2f}",
                      f"{line['random_accuracy']:.2f} +- {line['random_std']:.2f} ({line['random_images_per_class']})",
                      f"{gain:+.2f}", paper_number(line, targets))
@@ -388,13 +429,22 @@ def markdown_table(lines):
 
 def read_results(path):
     """The scores in a results.jsonl -> list of dicts. Raises UserError where it is missing or broken."""
+    needed = {"method", "dataset", "per_class", "network", "accuracy", "std", "runs", "epochs", "iterations",
+              "random_accuracy", "random_std", "random_images_per_class"}
+    lines = []
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [line for line in lines if "kind" not in line]  # corruption and continual learning have other rows
-    except FileNotFoundError:
+        for number, text in enumerate(path.read_text().splitlines(), 1):
+            line = json.loads(text)
+            if "kind" in line:  # corruption and continual learning have other rows
+                continue
+            if not needed <= line.keys():
+                raise ValueError
+            lines.append(line)
+    except OSError:
         raise common.UserError(f"{path} does not exist: score something first, or give its folder with --out") from None
-    except ValueError:
-        raise common.UserError(f"{path} has a line that is not JSON: remove that line") from None
+    except (ValueError, TypeError, AttributeError):
+        raise common.UserError(f"line {number} of {path} is not a score: remove that line") from None
+    return lines
 
 
 # ------------------------------------------------------------------------------------------ corrupted test images
@@ -411,7 +461,7 @@ def corrupt(pixels, kind, level, *key):
         pixels = pixels + strength * noise
     elif kind == "blur":
         from torchvision.transforms.functional import gaussian_blur
-        pixels = gaussian_blur(pixels, 5, strength)
+        pixels = gaussian_blur(pixels, 9, strength)  # four standard deviations each way, as there
     else:
         level_of = pixels.mean((2, 3), keepdim=True)
         pixels = level_of + strength * (pixels - level_of)
@@ -431,12 +481,14 @@ def load_corruptions(where, data):
     folder, arrays = pathlib.Path(where), {}
     try:
         labels = torch.from_numpy(np.load(folder / "labels.npy")).long().to(data.device)
+        assert labels.ndim == 1 and 0 <= labels.min() and labels.max() < len(data.classes)
         for path in sorted(folder.glob("*.npy")):
             if path.name != "labels.npy":
                 arrays[path.stem] = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
-        raise common.UserError(f"--corruption {where} cannot be read: give a folder with labels.npy and a .npy for "
-                               "each corruption, as in CIFAR-10-C, or made") from None
+                assert arrays[path.stem].dtype == np.uint8
+    except (OSError, ValueError, EOFError, TypeError, RuntimeError, AssertionError):
+        raise common.UserError(f"--corruption {where} cannot be used: give a folder with labels.npy (numbers of the "
+                               "classes) and a .npy (uint8) for each corruption, as in CIFAR-10-C, or made") from None
     c, h, w = data.shape
     for kind, array in arrays.items():
         if array.shape != (len(labels), h, w, c) or len(labels) % 5:
@@ -479,8 +531,8 @@ def score_corruption(sets, args):
                 levels = np.array(found).mean(1)                                       # (runs, 6)
                 each = {kind: np.array(found)[:, i].mean(0).round(2).tolist() for i, kind in enumerate(kinds)}
                 line = {"kind": "corruption", "method": method, "dataset": one.data.name, "per_class": per_class,
-                        "network": label, "norm": norm, "augment": not args.no_dsa, "runs": args.runs, "epochs": epochs,
-                        "level_accuracy": levels.mean(0).round(2).tolist(),
+                        "network": label, "norm": norm, "augment": bool(protocol["augment"]), "runs": args.runs,
+                        "epochs": epochs, "level_accuracy": levels.mean(0).round(2).tolist(),
                         "level_std": levels.std(0).round(2).tolist(),
                         "corruptions": each, "folder": args.corruption, "scoring_seed": args.seed}
                 common.append_line(json.dumps(line), out_folder(args) / "results.jsonl")
@@ -513,7 +565,7 @@ def distil_stage(method, part, settings, args, path, first):
     UserError where `path` was made with other settings."""
     if path.exists():
         distilled = common.load_distilled(path)
-        common.check_fit(path, distilled, part)
+        check_fit(path, distilled, part)
         if (distilled["settings"], distilled["seed"], distilled["per_class"]) != (settings, args.seed, args.ipc):
             raise common.UserError(f"{path} was distilled with other settings: remove its folder or take another --out")
         return distilled
@@ -538,6 +590,8 @@ def distil_stage(method, part, settings, args, path, first):
     else:
         tensors, seconds = method.distill(part, args.ipc, settings, args.seed, checkpoint)
     protocol = protocol(args.ipc * len(part.classes)) if callable(protocol) else protocol
+    if method.METHOD == "haba" and not settings["dsa"]:  # trained without it too, as by haba.py --no-dsa
+        protocol = protocol | {"augment": ()}
     return common.save_distilled(path, part, method.METHOD, args.ipc, tensors, step_size, settings, seconds, args.seed,
                                  protocol)
 
@@ -546,30 +600,49 @@ def prepare_stages(method, args):
     """Load the data set, and the method's own settings for it with --set name=value in their place (objective=dm takes
     HaBa's for DM) -> Dataset, settings. Raises UserError."""
     given = dict(text.partition("=")[::2] for text in args.set or ())
-    objective = given.get("objective", "mtt")
-    table = getattr(method, "SETTINGS" if objective == "mtt" else f"{objective.upper()}_SETTINGS", None)
-    if table is None and method.METHOD != "kfs":
-        raise common.UserError(f"--set objective={objective}: {method.METHOD} has none such; HaBa has mtt, dm, dc")
-    settings = getattr(method, "PAPER", {}) | (common.settings_for(table, args.dataset, args.ipc) if table else {})
-    settings.pop("lr_from_100", None)
-    data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
+    objective, device = given.get("objective", "mtt"), common.pick_device(args.device)
     if method.METHOD == "kfs":  # its settings follow from the size of the images
+        data = common.load_dataset(args.dataset, args.data_dir, False, args.size, device)
         settings = method.settings_of(data.name, data.shape, args.ipc)
-    if method.METHOD == "translator_fewshot":  # without a file of a translator: one network, no translation
-        settings["translator"] = None
+    else:
+        table = getattr(method, "SETTINGS" if objective == "mtt" else f"{objective.upper()}_SETTINGS", None)
+        if table is None:
+            raise common.UserError(f"--set objective={objective}: {method.METHOD} has none such; HaBa has mtt, dm, dc")
+        settings = getattr(method, "PAPER", {}) | common.settings_for(table, args.dataset, args.ipc)
+        if method.METHOD == "translator_fewshot":  # without a file of a translator: one network, no translation
+            settings["translator"] = None
+        if "zca" in given:
+            raise common.UserError("--set zca: whitening goes with the method and the data set: leave it out")
+        data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, device)
     for name, text in given.items():
         if name not in settings:
             raise common.UserError(f"--set {name}: {method.METHOD} has no such setting; it has {', '.join(settings)}")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        if isinstance(settings[name], (int, float)) and not isinstance(value, (int, float)):
-            raise common.UserError(f"--set {name}={text}: give a number, as {name}={settings[name]}")
-        settings[name] = value
-    if "iterations" not in settings:
-        settings["iterations"] = settings["steps"]
+        settings[name] = read_setting(name, text, settings[name])
+    if method.METHOD == "translator_fewshot":
+        settings["iterations"] = settings["steps"] + settings["adapt_steps"]  # in one network: T + S' steps
     return data, settings | {"size": args.size}
+
+
+MAY_BE_0 = ("hallucinators", "depth", "max_start", "net_epochs")  # of the settings that count something
+
+
+def read_setting(name, text, default):
+    """The value of --set name=text: of the kind that `default` is, a number not below 0, or 1 where it counts something.
+    Raises UserError."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, float) and value == int(value):
+        value = int(value)  # 1e3
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    value = tuple(value) if isinstance(value, list) else value
+    least = 1 if type(default) is int and default and name not in MAY_BE_0 else 0
+    if default is not None and type(value) is not type(default) or isinstance(value, (int, float)) and value < least:
+        kind = "a number" if type(default) in (int, float) else "a value"
+        raise common.UserError(f"--set {name}={text}: give {kind} like {json.dumps(default)}, at least {least}")
+    return value
 
 
 def join_samplers(parts, device):
@@ -606,6 +679,10 @@ def continual(args):
     method, name = importlib.import_module(args.continual), pathlib.Path(args.dataset).name
     data, settings = prepare_stages(method, args)
     classes, per_step = len(data.classes), args.classes_per_step
+    if per_step == 1 or classes % per_step == 1:
+        raise common.UserError(f"--classes-per-step {per_step} leaves a stage of one class, of {classes}: take another number")
+    for network in args.network or ():  # one that does not fit is told before the hours of distillation
+        network_label({"network": build_network(network, args.norm)}, data)
     folder = out_folder(args) / f"continual_{args.continual}_{name}_{args.ipc}_by{per_step}"
     scores = {}                                                            # {network: [order][stage] -> (ours, random)}
     for order in range(args.orders):
@@ -638,7 +715,7 @@ def continual(args):
             curves[f"{what}, {label}"] = list(zip(seen, mean[:, i], std[:, i]))
             print(f"{what}, {label}, accuracy on {seen} classes: "
                   + ", ".join(f"{m:.2f} +- {s:.2f}" for m, s in zip(mean[:, i], std[:, i])))
-    draw_curves(folder.with_suffix(".png"), f"continual learning, {name}, {args.ipc} a class, {args.orders} orders",
+    draw_curves(folder.with_name(f"{folder.name}.png"), f"continual learning, {name}, {args.ipc} a class, {args.orders} orders",
                 "classes seen", curves)
 
 
@@ -650,8 +727,11 @@ def score_stage(method, seen, parts, kept, network, args, path):
     protocol = one.protocol(network, args)
     label, norm = network_label(protocol, seen)
     epochs = args.epochs or protocol["epochs"]
-    setting = {"network": label, "norm": norm, "augment": not args.no_dsa, "runs": args.runs, "epochs": epochs,
-               "seed": args.seed, "stages": [d["seconds"] for d in kept]}  # tell a stage that was distilled anew
+    digest = hashlib.sha256()  # tells a stage that was distilled anew
+    for tensor in (t for distilled in kept for t in distilled.values() if torch.is_tensor(t)):
+        digest.update(tensor.contiguous().numpy())
+    setting = {"network": label, "norm": norm, "augment": bool(protocol["augment"]), "runs": args.runs, "epochs": epochs,
+               "seed": args.seed, "stages": digest.hexdigest()}
     record = path.with_name(f"{path.stem}_{label}_{norm}{'_no-dsa' * args.no_dsa}.json")
     if record.exists():
         stored = json.loads(record.read_text())
@@ -783,7 +863,8 @@ def draw_curves(path, title, x_label, curves):
 
 def draw_training(args):
     """--curves: for each checkpoint its loss over the iterations (means of a hundredth of them), and beside it the
-    accuracies that OUT/results.jsonl has of its method, data set and budget after so many iterations."""
+    accuracies in its own network that OUT/results.jsonl has of its method, data set, budget and seed after so many
+    iterations."""
     from PIL import Image, ImageDraw
     path = out_folder(args) / "results.jsonl"
     lines, height = read_results(path) if path.exists() else [], 560
@@ -791,14 +872,17 @@ def draw_training(args):
     pen = ImageDraw.Draw(image)
     for i, checkpoint in enumerate(args.curves):
         stored = common.load(checkpoint, "a checkpoint")
-        if not {"settings", "losses"} <= stored.keys() or not stored["losses"].isfinite().any():
-            raise common.UserError(f"{checkpoint} has no losses: give the .ckpt of a distillation of this project")
-        method, dataset, per_class = (stored["settings"][key] for key in ("method", "dataset", "per class"))
+        try:
+            method, dataset, per_class, seed = (stored["settings"][key] for key in ("method", "dataset", "per class", "seed"))
+            assert stored["losses"].isfinite().any()
+        except (KeyError, TypeError, AttributeError, AssertionError):
+            raise common.UserError(f"{checkpoint} has no losses: give the .ckpt of a distillation of this project") from None
         edges = np.linspace(0, stored["iteration"], min(100, stored["iteration"]) + 1).round().astype(int)
         means = [(int(end), stored["losses"][start:end].nanmean().item(), 0) for start, end in zip(edges, edges[1:])]
         means = [point for point in means if math.isfinite(point[1])]
         scored = {line["iterations"]: (line["iterations"], line["accuracy"], line["std"]) for line in lines
-                  if (line["method"], line["dataset"], line["per_class"]) == (method, dataset, per_class)}
+                  if (line["method"], line["dataset"], line["per_class"], line.get("seed")) == (
+                      method, dataset, per_class, seed) and "convnet" in line["network"] and not line.get("steps")}
         for left, what, curve, unit in ((160, "loss", means, ""), (1260, "accuracy", sorted(scored.values()), " %")):
             if curve:
                 place = draw_axes(pen, (left, 90 + height * i, 860, height - 200), f"{method}, {dataset}, {per_class} a "
@@ -892,6 +976,9 @@ def main():
     common.add_scoring_arguments(parser)
     args = parser.parse_args()
     args.together = {"yes": True, "no": False}.get(args.together)
+    args.network = list(dict.fromkeys(args.network or ())) or None
+    if args.together and args.norm == "batch":
+        raise common.UserError("--together yes is for instance norm: batch norm keeps averages of its own; leave it out")
 
     if args.continual:
         continual(args)

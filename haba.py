@@ -370,6 +370,13 @@ def picture(path, data, distilled):
     common.save_picture(path, data, rows.flatten(0, 2), per_row=rows.shape[1] * rows.shape[2])
 
 
+def variant(settings):
+    """What the results call a file: its objective and what differs from the paper's main experiment, e.g. "mtt",
+    "dm weight_cos=0.0"."""
+    return " ".join([settings["objective"], *(f"{name}={settings[name]}" for name, value in PAPER.items()
+                                              if name != "objective" and settings.get(name, value) != value)])
+
+
 def main():
     parser = argparse.ArgumentParser(description="Distil a data set into bases and hallucinators (HaBa).",
                                      formatter_class=common.HelpFormatter)
@@ -417,8 +424,9 @@ def main():
     print(f"wrote {path} and {path.with_suffix('.png')}")
     if args.con_downstream:
         protocol["accumulate"] = lambda *batch: accumulate_contrast(settings["weight_con"], *batch)
+    name = variant(settings) + " con-downstream" * args.con_downstream
     common.score(data, distilled, *sampler(distilled, data.device, args.con_downstream), args.out, args.epochs,
-                 args.runs, args.seed, protocol, more={"variant": "con-downstream"} if args.con_downstream else ())
+                 args.runs, args.seed, protocol, more={"variant": name})
 
 
 if __name__ == "__main__":

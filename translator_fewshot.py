@@ -412,6 +412,11 @@ def sampler(distilled, device):
     return common.image_sampler(distilled, device)
 
 
+def variant(settings):
+    """What the results call a file: its mode, e.g. "adapted", and "ds" where images are stored down-sampled."""
+    return settings.get("mode", "adapted" if settings.get("translator") else "one-net") + " ds" * settings["down_sample"]
+
+
 def main():
     parser = argparse.ArgumentParser(description="Distil a data set in one network, then translate.",
                                      formatter_class=common.HelpFormatter)
@@ -459,7 +464,8 @@ def main():
         entries, _ = draw(0, torch.arange(count))
         common.save_picture(path.with_suffix(".png"), data, entries, per_row=min(count // len(data.classes), 10))
         print(f"wrote {path} and {path.with_suffix('.png')}")
-        common.score(data, distilled, draw, count, args.out, args.epochs, args.runs, args.seed, PROTOCOL)
+        common.score(data, distilled, draw, count, args.out, args.epochs, args.runs, args.seed, PROTOCOL,
+                     more={"variant": variant(stored)})
 
 
 if __name__ == "__main__":

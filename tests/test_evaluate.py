@@ -1,7 +1,10 @@
 """evaluate.py: networks, core-sets, rows and tables, corruption, continual learning, pictures."""
+import csv
 import itertools
 import json
 import math
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import haba
 import kfs
 from conftest import make_folder
 
+TARGETS = list(csv.DictReader((pathlib.Path(evaluate.__file__).parent / "results" / "targets.csv").open()))
 QUICK = ("--runs", 2, "--epochs", 2, "--device", "cpu")
 
 
@@ -266,8 +270,8 @@ def looks_right(path):
 @pytest.mark.parametrize("method, per_class, network, words", (
     ("haba", 9, "convnet3", "69.9 +- 0.4"), ("haba", 1, "convnet3", "48.3 +- 0.8"), ("random", 10, "convnet3", "26.0"),
     ("k-center", 10, "convnet3", "14.7"), ("kfs", 1, "resnet10", "47.0"),
-    ("translator_fewshot", 10, "convnet3", "59.2"),
-    ("whole", 5000, "convnet3", "84.8"), ("frepo", 10, "frepo-convnet3", "65.5"), ("haba", 7, "convnet3", "")))
+    ("translator_fewshot", 10, "frepo-convnet3", "59.2"), ("translator_fewshot", 10, "convnet3", ""),
+    ("kfs", 1, "convnet3", "59.8"), ("dm", 10, "convnet4", "48.9"), ("whole", 5000, "convnet3", "84.8"), ("frepo", 10, "frepo-convnet3", "65.5"), ("haba", 7, "convnet3", "")))
 def test_paper_numbers(method, per_class, network, words):
     """The paper's number is found for a row, and none for batch norm, without augmentation or at a budget of steps."""
     line = {"method": method, "dataset": "cifar10", "per_class": per_class, "network": network, "iterations": 0,
@@ -275,8 +279,34 @@ def test_paper_numbers(method, per_class, network, words):
             "random_images_per_class": 1}
     cell = evaluate.markdown_table([line]).splitlines()[2].split("|")[-2].strip()
     assert cell.startswith(words) if words else cell == ""
-    for other in ({"norm": "batch"}, {"augment": False}, {"steps": 100}):
+    for other in ({"norm": "batch"}, {"augment": False}, {"steps": 100}, {"variant": "dm"}, {"variant": "mtt depth=2"}):
         assert evaluate.markdown_table([line | other]).splitlines()[2].split("|")[-2].strip() == ""
+    if method == "haba" and per_class == 1:  # as printed in both tables
+        assert "55.66" in cell and "Tab.4" in cell
+
+
+@pytest.mark.parametrize("variant, words", (("adapted", "59.2"), ("adapted ds", "66.0"), ("one-net", "50.5"),
+                                            ("no-adaptation", "54.7"), ("autoencoder ds", "")))
+def test_paper_numbers_of_the_translator(variant, words):
+    """Each mode and storage has its own row."""
+    line = {"method": "translator_fewshot", "dataset": "cifar10", "per_class": 10, "network": "frepo-convnet3",
+            "variant": variant}
+    cell = evaluate.paper_number(line, TARGETS)
+    assert cell.startswith(words) if words else cell == ""
+
+
+def test_every_target_is_found():
+    """No row of targets.csv is out of reach."""
+    modes = {"": "adapted", "-ds": "adapted ds", "-1net": "one-net", "-wo-pretrain": "scratch", "-ae": "autoencoder",
+             "-wo-ada": "no-adaptation", "-bilevel": "bilevel"}
+    for row in TARGETS:
+        bases = re.search(r"BPC (\d+)", row["source"]) if row["method"] == "haba" else None
+        line = {"method": row["method"].replace("kcenter", "k-center"), "dataset": row["dataset"],
+                "network": row["network"], "per_class": int(bases[1] if bases else row["images_per_class"])}
+        if row["method"].startswith("translator"):
+            line |= {"method": "translator_fewshot", "variant": modes[row["method"].removeprefix("translator")],
+                     "network": f"frepo-{row['network']}"}
+        assert f"{row['mean']} +- {row['std']} ({row['source']})" in evaluate.paper_number(line, TARGETS), row
 
 
 # ------------------------------------------------------------------------------------------ corruption
@@ -317,6 +347,10 @@ def test_corruptions_made(home):
     flat = evaluate.corrupt(pixels, "contrast", 5)
     assert torch.allclose(flat.std((2, 3)), .15 * pixels.std((2, 3)), atol=.01)
     assert abs((evaluate.corrupt(pixels * 0 + .5, "noise", 1) - .5).std().item() - .04) < .003
+    dot = torch.zeros(1, 1, 17, 17)
+    dot[..., 8] = 1
+    row = evaluate.corrupt(dot, "blur", 5)[0, 0].sum(0).double()  # a Gaussian of deviation 1
+    assert abs((row / row.sum() * (torch.arange(17) - 8.) ** 2).sum() - 1) < .08
 
 
 # ------------------------------------------------------------------------------------------ continual learning
@@ -383,6 +417,10 @@ def test_continual(method, home, tmp_path, call, monkeypatch):
 
 @pytest.mark.parametrize("more, words", ((("--set", "colour=3"), ("no such setting", "iterations")),
                                          (("--set", "iterations=many"), ("iterations=many", "number")),
+                                         (("--set", "iterations=0"), ("iterations=0", "at least 1")),
+                                         (("--set", "dsa=3"), ("dsa=3", "true")), (("--set", "zca=true"), ("zca",)),
+                                         (("--classes-per-step", 3), ("one class", "of 4")),
+                                         (("--network", "vgg11", "--dataset", "tiny", "--classes-per-step", 3), ("28 to 256",)),
                                          (("--set", "objective=dm"), ("objective", "haba"))))
 def test_bad_setting(more, words, home, tmp_path, call):
     told(*call(evaluate, "--continual", "dm", "--dataset", "grey", "--data-dir", home, "--out", tmp_path, *more),
@@ -430,13 +468,16 @@ def test_curves(tmp_path, call, monkeypatch):
     budget; a checkpoint without losses is refused."""
     panels = []
     draw = evaluate.draw_curve
-    same = {"method": "dm", "dataset": "tiny", "per class": 1}
+    same = {"method": "dm", "dataset": "tiny", "per class": 1, "seed": 0}
     losses = torch.arange(250.)
     losses[:10] = math.nan  # iterations of an older version
     common.save({"settings": same, "iteration": 250, "seconds": 1., "state": {}, "losses": losses}, tmp_path / "one.ckpt")
-    for method, iterations, accuracy in (("dm", 100, 20.), ("dm", 50, 10.), ("mtt", 50, 30.), ("dm", 50, 11.)):
-        line = {"method": method, "dataset": "tiny", "per_class": 1, "iterations": iterations, "accuracy": accuracy, "std": 1.}
-        common.append_line(json.dumps(line), tmp_path / "results.jsonl")
+    line = {"method": "dm", "dataset": "tiny", "per_class": 1, "network": "convnet2", "runs": 1, "epochs": 1, "seed": 0,
+            "random_accuracy": 1., "random_std": 1., "random_images_per_class": 1, "std": 1., "iterations": 50}
+    for more in ({"accuracy": 20., "iterations": 100}, {"accuracy": 10.}, {"accuracy": 30., "method": "mtt"},
+                 {"accuracy": 11.}, {"accuracy": 40., "network": "resnet18"}, {"accuracy": 50., "steps": 7},
+                 {"accuracy": 60., "seed": 1}):
+        common.append_line(json.dumps(line | more), tmp_path / "results.jsonl")
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "draw_curve", lambda pen, place, curve, *rest, **more: panels.append(curve) or
                       draw(pen, place, curve, *rest, **more))
@@ -449,6 +490,15 @@ def test_curves(tmp_path, call, monkeypatch):
     common.save({"settings": same, "iteration": 1, "losses": torch.tensor([math.nan])}, tmp_path / "old.ckpt")
     told(*call(evaluate, "--curves", tmp_path / "old.ckpt", "--out", tmp_path), "old.ckpt", "no losses")
     told(*call(evaluate, "--curves", tmp_path / "none.ckpt", "--out", tmp_path), "none.ckpt", "does not exist")
+    common.save({"settings": None, "losses": None}, tmp_path / "odd.ckpt")
+    told(*call(evaluate, "--curves", tmp_path / "odd.ckpt", "--out", tmp_path), "odd.ckpt", "no losses")
+
+
+@pytest.mark.parametrize("text", ("5", "{}", "no JSON", '{"method": "dm"}'))
+def test_odd_results(text, tmp_path, call):
+    """A line of results.jsonl that is none is told by its number."""
+    (tmp_path / "results.jsonl").write_text('{"kind": "corruption"}\n' + text + "\n")
+    told(*call(evaluate, "--table", "--out", tmp_path), "line 2", "results.jsonl")
 
 
 @pytest.mark.parametrize("flags, words", (
@@ -460,6 +510,53 @@ def test_curves(tmp_path, call, monkeypatch):
 def test_mistakes(flags, words, home, tmp_path, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told(*call(evaluate, *flags, "--data-dir", home, *QUICK), *words)
+
+
+def test_core_sets_know_the_order(home, tmp_path):
+    """The network behind core-sets is not taken for the same images in another order, or with other labels."""
+    data = common.load_dataset("tiny", home)
+    for _ in range(2):
+        evaluate.train_features(data, tmp_path, 0)
+    assert len(list(tmp_path.glob("coresets/*"))) == 1
+    data.train, data.train_labels = data.train.flip(0), data.train_labels.flip(0)
+    evaluate.train_features(data, tmp_path, 0)
+    data.train_labels = data.train_labels.flip(0)
+    evaluate.train_features(data, tmp_path, 0)
+    assert len(list(tmp_path.glob("coresets/*"))) == 3
+
+
+def test_steps_are_whole_epochs(home, tmp_path, call, monkeypatch):
+    """A budget of steps is rounded to whole epochs, and the row says how many steps it took; two files of one name have
+    curves of their own."""
+    monkeypatch.setitem(common.PROTOCOL, "batch", 2)  # six images: three steps an epoch
+    paths = [save_dm(home, "tiny", tmp_path / folder / "one.pt", 2) for folder in "ab"]
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw_curves", lambda path, title, label, curves: drawn.append(curves))
+    status, _, err = call(evaluate, *paths, "--steps", 1, 7, "--data-dir", home, "--out", tmp_path, "--runs", 1)
+    assert status == 0, err
+    assert [(line["steps"], line["epochs"]) for line in results(tmp_path)] == [(3, 1), (6, 2)] * 2
+    curves, = drawn
+    assert set(curves) == {f"{what}{name}_one, convnet2" for what in ("", "random real as ") for name in "ab"}
+    assert all([x for x, _, _ in curve] == [3, 6] for curve in curves.values())
+
+
+def test_stage_distilled_anew(home, tmp_path, call):
+    """A stage's score is not taken from its file when the stage was distilled anew; HaBa's --set dsa=false is scored
+    without DSA."""
+    flags = ("--continual", "haba", "--dataset", "grey", "--data-dir", home, "--out", tmp_path, "--orders", 1, *QUICK)
+    settings = [*FEW["haba"], "objective=dm", "batch_real=2", "dsa=false"]
+    settings = [text for text in settings if text.partition("=")[0] not in ("experts", "max_start", "expert_epochs", "student_steps")]
+    status, _, err = call(evaluate, *flags, "--set", *settings)
+    assert status == 0, err
+    folder = tmp_path / "continual_haba_grey_1_by2"
+    assert common.load_distilled(folder / "order0_stage1.pt")["augmentation"] == "none"
+    before = json.loads((folder / "order0_stage0_convnet3_instance.json").read_text())["setting"]
+    assert before["augment"] is False
+    for path in [*folder.glob("*.pt"), *folder.glob("*.ckpt")]:
+        path.unlink()
+    status, _, err = call(evaluate, *flags, "--set", *settings, "lr_bases=50")
+    assert status == 0, err
+    assert json.loads((folder / "order0_stage0_convnet3_instance.json").read_text())["setting"] != before
 
 
 def test_other_preprocessing_is_refused(home, tmp_path, call):
