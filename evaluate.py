@@ -211,7 +211,8 @@ def k_center(features, count):
 
 def choose_coreset(kind, data, ipc, data_dir, seed):
     """Indices (C * ipc,) of training images in class order. Forgetting: those with the most forgetting events, ties at
-    random; images that were never right have none (Toneva et al. put those first). Raises UserError where a class has fewer than ipc images."""
+    random; images that were never right have none (Toneva et al. put those first). Raises UserError where a class has
+    fewer than ipc images."""
     data.random_real(ipc)  # enough images? before the network is trained
     net, forgotten = train_features(data, data_dir, seed)
     chosen = []
@@ -314,7 +315,8 @@ def open_sets(args):
 def stems(paths):
     """Names of files for curves and pictures: with their folder, or a number, where two have the same."""
     names = [path.stem for path in paths]
-    names = [name if names.count(name) == 1 else f"{path.absolute().parent.name}_{name}" for name, path in zip(names, paths)]
+    names = [name if names.count(name) == 1 else f"{path.absolute().parent.name}_{name}"
+             for name, path in zip(names, paths)]
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names, 1)]
 
 
@@ -325,8 +327,8 @@ def check_fit(path, distilled, data):
                                ("preprocessing", distilled["fingerprint"], data.preprocess.fingerprint)):
         if theirs != ours:
             theirs, ours = (str(v) if len(str(v)) < 60 else f"{len(v)} classes, {v[0]} ..." for v in (theirs, ours))
-            raise common.UserError(f"{path} has {what} {theirs}, the data set {data.name} has {ours}: score it on the data "
-                            "it was distilled from (--dataset, --data-dir, --size)")
+            raise common.UserError(f"{path} has {what} {theirs}, the data set {data.name} has {ours}: score it on the "
+                                   "data it was distilled from (--dataset, --data-dir, --size)")
 
 
 def network_label(protocol, data):
@@ -583,7 +585,8 @@ def distil_stage(method, part, settings, args, path, first):
         codes, decoders, seconds = method.distill(part, args.ipc, settings, args.seed, checkpoint, means, decoders)
         tensors = {"codes": codes} | {f"decoders.{name}": p for name, p in decoders.named_parameters()}
     elif method.METHOD == "translator_fewshot":
-        translator = settings["translator"] and method.load_translator(settings["translator"], part, "adapted").to(part.device)
+        translator = settings["translator"]
+        translator = translator and method.load_translator(translator, part, "adapted").to(part.device)
         found, seconds = method.distill(part, [args.ipc], settings, args.seed, "adapted" if translator else "one-net",
                                         translator, lambda name: path.with_name(f"{path.stem}_{name}.ckpt"))
         tensors = found[args.ipc]
@@ -680,7 +683,8 @@ def continual(args):
     data, settings = prepare_stages(method, args)
     classes, per_step = len(data.classes), args.classes_per_step
     if per_step == 1 or classes % per_step == 1:
-        raise common.UserError(f"--classes-per-step {per_step} leaves a stage of one class, of {classes}: take another number")
+        raise common.UserError(f"--classes-per-step {per_step} leaves a stage of one class, of {classes}: take another "
+                               "number")
     for network in args.network or ():  # one that does not fit is told before the hours of distillation
         network_label({"network": build_network(network, args.norm)}, data)
     folder = out_folder(args) / f"continual_{args.continual}_{name}_{args.ipc}_by{per_step}"
@@ -715,8 +719,8 @@ def continual(args):
             curves[f"{what}, {label}"] = list(zip(seen, mean[:, i], std[:, i]))
             print(f"{what}, {label}, accuracy on {seen} classes: "
                   + ", ".join(f"{m:.2f} +- {s:.2f}" for m, s in zip(mean[:, i], std[:, i])))
-    draw_curves(folder.with_name(f"{folder.name}.png"), f"continual learning, {name}, {args.ipc} a class, {args.orders} orders",
-                "classes seen", curves)
+    title = f"continual learning, {name}, {args.ipc} a class, {args.orders} orders"
+    draw_curves(folder.with_name(f"{folder.name}.png"), title, "classes seen", curves)
 
 
 def score_stage(method, seen, parts, kept, network, args, path):
@@ -873,10 +877,12 @@ def draw_training(args):
     for i, checkpoint in enumerate(args.curves):
         stored = common.load(checkpoint, "a checkpoint")
         try:
-            method, dataset, per_class, seed = (stored["settings"][key] for key in ("method", "dataset", "per class", "seed"))
+            same = stored["settings"]
+            method, dataset, per_class, seed = (same[key] for key in ("method", "dataset", "per class", "seed"))
             assert stored["losses"].isfinite().any()
         except (KeyError, TypeError, AttributeError, AssertionError):
-            raise common.UserError(f"{checkpoint} has no losses: give the .ckpt of a distillation of this project") from None
+            raise common.UserError(f"{checkpoint} has no losses: give the .ckpt of a distillation by this project"
+                                   ) from None
         edges = np.linspace(0, stored["iteration"], min(100, stored["iteration"]) + 1).round().astype(int)
         means = [(int(end), stored["losses"][start:end].nanmean().item(), 0) for start, end in zip(edges, edges[1:])]
         means = [point for point in means if math.isfinite(point[1])]
@@ -967,7 +973,7 @@ def main():
     add("--set", nargs="+", metavar="NAME=VALUE", help="settings of the method with --continual, e.g. iterations=100")
     add("--picture", nargs="+", choices=("images", "factors", "plane"), metavar="NAME",
         help="draw instead of scoring: images, factors (of HaBa, KFS), plane (PCA of features)")
-    add("--curves", nargs="+", metavar="CKPT", help="draw loss and accuracy over iterations: checkpoints, OUT/results.jsonl")
+    add("--curves", nargs="+", metavar="CKPT", help="draw loss and accuracy over iterations (OUT/results.jsonl)")
     add("--table", action="store_true", help="Markdown table of OUT/results.jsonl, kept as OUT/table.md")
     add("--together", choices=("yes", "no"), help="train a row's networks side by side (on a GPU yes, on a CPU no)")
     add("--seed", type=int, default=0, help="starts of the networks, order, augmentation (0)")
@@ -978,7 +984,7 @@ def main():
     args.together = {"yes": True, "no": False}.get(args.together)
     args.network = list(dict.fromkeys(args.network or ())) or None
     if args.together and args.norm == "batch":
-        raise common.UserError("--together yes is for instance norm: batch norm keeps averages of its own; leave it out")
+        raise common.UserError("--together yes is for instance norm: batch norm keeps averages; leave it out")
 
     if args.continual:
         continual(args)
