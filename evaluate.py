@@ -899,7 +899,7 @@ def draw_training(args):
 
 
 def ticks(low, high):
-    """Four to nine round numbers from at or below low to at or above high."""
+    """Four to eleven round numbers from at or below low to at or above high."""
     rough = max(high - low, 1e-9) / 5
     step = min((m * 10. ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
     return [step * k for k in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)]

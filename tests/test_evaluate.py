@@ -460,7 +460,7 @@ def test_ticks():
     assert evaluate.ticks(13.7, 17.6) == [13, 14, 15, 16, 17, 18]
     for low, high in ((.74, .98), (-3, 8000), (5, 5), (1e-4, 3e-4)):
         found = evaluate.ticks(low, high)
-        assert found[0] <= low and found[-1] >= high - 1e-9 and len(found) <= 9
+        assert found[0] <= low and found[-1] >= high - 1e-9 and (4 <= len(found) <= 11 or low == high)
 
 
 def test_curves(tmp_path, call, monkeypatch):
