@@ -288,8 +288,7 @@ def open_sets(args):
         key = name, size, zca
         if key not in datasets:
             datasets[key] = common.load_dataset(name, args.data_dir, zca, size, device)
-            for network in args.network or ():  # one that does not fit is told before the hours of the others
-                network_label({"network": build_network(network, args.norm)}, datasets[key])
+            check_networks(datasets[key], args)
         return datasets[key]
 
     for path, stem in zip(args.files, stems([pathlib.Path(path) for path in args.files])):
@@ -310,6 +309,12 @@ def open_sets(args):
         described, draw, count = open_coreset(kind, data, args.ipc, args)
         sets.append(Set(f"{kind}_{data.name}_ipc{args.ipc}", data, described, draw, count))
     return sets
+
+
+def check_networks(data, args):
+    """Raise UserError for a network of --network that does not fit the images: before the hours of the others."""
+    for network in args.network or ():
+        network_label({"network": build_network(network, args.norm)}, data)
 
 
 def stems(paths):
@@ -636,7 +641,7 @@ def read_setting(name, text, default):
         value = json.loads(text)
     except ValueError:
         value = text
-    if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, float) and value == int(value):
+    if type(default) is int and type(value) is float and value.is_integer():
         value = int(value)  # 1e3
     if isinstance(default, float) and type(value) is int:
         value = float(value)
@@ -685,8 +690,7 @@ def continual(args):
     if per_step == 1 or classes % per_step == 1:
         raise common.UserError(f"--classes-per-step {per_step} leaves a stage of one class, of {classes}: take another "
                                "number")
-    for network in args.network or ():  # one that does not fit is told before the hours of distillation
-        network_label({"network": build_network(network, args.norm)}, data)
+    check_networks(data, args)
     folder = out_folder(args) / f"continual_{args.continual}_{name}_{args.ipc}_by{per_step}"
     scores = {}                                                            # {network: [order][stage] -> (ours, random)}
     for order in range(args.orders):
@@ -730,7 +734,7 @@ def score_stage(method, seen, parts, kept, network, args, path):
     one = Set(path.stem, seen, kept[-1], draw, count, method)
     protocol = one.protocol(network, args)
     label, norm = network_label(protocol, seen)
-    epochs = args.epochs or protocol["epochs"]
+    epochs = one.epochs(protocol, args)
     digest = hashlib.sha256()  # tells a stage that was distilled anew
     for tensor in (t for distilled in kept for t in distilled.values() if torch.is_tensor(t)):
         digest.update(tensor.contiguous().numpy())
