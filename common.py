@@ -801,8 +801,8 @@ def krr(support, labels, target, ridge=1e-6):
     matrix is not positive definite."""
     wide = support.double()
     kernel = wide @ wide.T
-    kernel = kernel + ridge * kernel.trace() / len(kernel) * torch.eye(
-        len(kernel), dtype=kernel.dtype, device=kernel.device)
+    trace = kernel.diagonal().sum()  # the second derivative of .trace() would wait for the GPU
+    kernel = kernel + ridge * trace / len(kernel) * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     factor, failed = torch.linalg.cholesky_ex(kernel)
     if failed.device.type == "cpu" and failed:
         raise UserError("the features' kernel matrix is not positive definite: images are equal or not finite; take a "
@@ -1238,15 +1238,6 @@ def merge_settings(settings, args):
     """The table's settings with what the command line gives in their place."""
     given = {name: value for name, value in vars(args).items() if name in settings and value is not None}
     return settings | given | {"size": args.size}
-
-
-def prepare_trajectories(method, args, per_class, settings):
-    """Load data and experts -> Dataset, experts (K, E + 1, P), path of the distilled file to be."""
-    path = output_path(method, args, f"bpc{per_class}" if method == "haba" else f"ipc{per_class}")
-    data = load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, pick_device(args.device))
-    data.random_real(per_class)  # enough images in every class? before the hours of experts
-    epochs = settings["max_start"] + settings["expert_epochs"]
-    return data, load_experts(data, args.data_dir, settings["experts"], epochs, args.seed), path
 
 
 def output_path(method, args, budget):

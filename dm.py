@@ -69,6 +69,13 @@ def matching_loss(net, real_means, images, draw=None):
     return distance.sum(), torch.autograd.grad(augmented, leaf, gradient)[0] if draw else gradient
 
 
+def distill_to_file(path, data, ipc, settings, seed, data_dir=None):
+    """The whole run: distillation (its checkpoint beside `path`), distilled file `path` -> what the file holds. Raises
+    common.UserError."""
+    tensors, seconds = distill(data, ipc, settings, seed, path.with_suffix(".ckpt"))
+    return common.save_distilled(path, data, METHOD, ipc, tensors, None, settings, seconds, seed)
+
+
 sampler = common.image_sampler  # what common.score draws batches from
 
 
@@ -85,9 +92,8 @@ def main():
 
     path = common.output_path(METHOD, args, f"ipc{args.ipc}")
     data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
-    tensors, seconds = distill(data, args.ipc, settings, args.seed, path.with_suffix(".ckpt"))
-    distilled = common.save_distilled(path, data, METHOD, args.ipc, tensors, None, settings, seconds, args.seed)
-    common.save_picture(path.with_suffix(".png"), data, tensors["images"], per_row=min(args.ipc, 10))
+    distilled = distill_to_file(path, data, args.ipc, settings, args.seed)
+    common.save_picture(path.with_suffix(".png"), data, distilled["images"], per_row=min(args.ipc, 10))
     print(f"wrote {path} and {path.with_suffix('.png')}")
     common.score(data, distilled, *sampler(distilled, data.device), args.out, args.epochs, args.runs, args.seed)
 

@@ -573,35 +573,12 @@ def distil_stage(method, part, settings, args, path, first):
     if path.exists():
         distilled = common.load_distilled(path)
         check_fit(path, distilled, part)
-        if (distilled["settings"], distilled["seed"], distilled["per_class"]) != (settings, args.seed, args.ipc):
+        same = {name: distilled["settings"].get(name) for name in settings}  # a file's tell more than was asked for
+        if (same, distilled["seed"], distilled["per_class"]) != (settings, args.seed, args.ipc):
             raise common.UserError(f"{path} was distilled with other settings: remove its folder or take another --out")
         return distilled
-    checkpoint, step_size, protocol = path.with_suffix(".ckpt"), None, getattr(method, "PROTOCOL", common.PROTOCOL)
-    if method.METHOD in ("mtt", "haba"):
-        experts = None
-        if settings.get("objective", "mtt") == "mtt":
-            experts = common.load_experts(part, args.data_dir, settings["experts"],
-                                          settings["max_start"] + settings["expert_epochs"], args.seed)
-        tensors, step_size, seconds = method.distill(part, args.ipc, settings, args.seed, experts, checkpoint)
-    elif method.METHOD == "kfs":
-        decoders = first and method.open_decoders(first, part.device)[1]
-        count, dsa = settings["real_means"], settings["dsa"]
-        means = method.load_real_means(part, args.data_dir, count, dsa) if count else None
-        codes, decoders, seconds = method.distill(part, args.ipc, settings, args.seed, checkpoint, means, decoders)
-        tensors = {"codes": codes} | {f"decoders.{name}": p for name, p in decoders.named_parameters()}
-    elif method.METHOD == "translator_fewshot":
-        translator = settings["translator"]
-        translator = translator and method.load_translator(translator, part, "adapted").to(part.device)
-        found, seconds = method.distill(part, [args.ipc], settings, args.seed, "adapted" if translator else "one-net",
-                                        translator, lambda name: path.with_name(f"{path.stem}_{name}.ckpt"))
-        tensors = found[args.ipc]
-    else:
-        tensors, seconds = method.distill(part, args.ipc, settings, args.seed, checkpoint)
-    protocol = protocol(args.ipc * len(part.classes)) if callable(protocol) else protocol
-    if method.METHOD == "haba" and not settings["dsa"]:  # trained without it too, as by haba.py --no-dsa
-        protocol = protocol | {"augment": ()}
-    return common.save_distilled(path, part, method.METHOD, args.ipc, tensors, step_size, settings, seconds, args.seed,
-                                 protocol)
+    more = {"fixed": method.open_decoders(first, part.device)[1]} if first and method.METHOD == "kfs" else {}
+    return method.distill_to_file(path, part, args.ipc, settings, args.seed, args.data_dir, **more)
 
 
 def prepare_stages(method, args):

@@ -132,6 +132,15 @@ def distill(data, ipc, settings, seed, checkpoint):
     return {"images": images.detach(), "labels": labels.detach()}, watch["seconds"]
 
 
+def distill_to_file(path, data, ipc, settings, seed, data_dir=None):
+    """The whole run: distillation (its checkpoint beside `path`), distilled file `path`, whose settings tell of its
+    labels too -> what the file holds. Raises common.UserError."""
+    tensors, seconds = distill(data, ipc, settings, seed, path.with_suffix(".ckpt"))
+    settings = settings | label_report(tensors["labels"], ipc)
+    return common.save_distilled(path, data, METHOD, ipc, tensors, None, settings, seconds, seed,
+                                 PROTOCOL(len(tensors["images"])))
+
+
 sampler = common.image_sampler  # what common.score draws batches from
 
 
@@ -164,15 +173,11 @@ def main():
 
     path = common.output_path(METHOD, args, f"ipc{args.ipc}")
     data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
-    tensors, seconds = distill(data, args.ipc, settings, args.seed, path.with_suffix(".ckpt"))
-    report = label_report(tensors["labels"], args.ipc)
-    print(", ".join(f"{name} {value}" for name, value in report.items()))
-    draw, count = sampler(tensors, data.device)
-    distilled = common.save_distilled(path, data, METHOD, args.ipc, tensors, None, settings | report, seconds, args.seed,
-                                      PROTOCOL(count))
-    common.save_picture(path.with_suffix(".png"), data, tensors["images"], per_row=min(args.ipc, 10))
+    distilled = distill_to_file(path, data, args.ipc, settings, args.seed)
+    print(", ".join(f"{name} {distilled['settings'][name]}" for name in ("labels_moved", "label_margin", "labels_kept")))
+    common.save_picture(path.with_suffix(".png"), data, distilled["images"], per_row=min(args.ipc, 10))
     print(f"wrote {path} and {path.with_suffix('.png')}")
-    common.score(data, distilled, draw, count, args.out, args.epochs, args.runs, args.seed, PROTOCOL)
+    common.score(data, distilled, *sampler(distilled, data.device), args.out, args.epochs, args.runs, args.seed, PROTOCOL)
 
 
 if __name__ == "__main__":

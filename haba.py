@@ -306,6 +306,24 @@ def distill(data, bpc, settings, seed, experts, checkpoint):
     return {name: tensor.detach() for name, tensor in tensors.items()}, step_size, watch["seconds"]
 
 
+def protocol_of(settings):
+    """How a file is scored: without DSA where it was distilled without (Tab. 6)."""
+    return common.PROTOCOL | ({} if settings["dsa"] else {"augment": ()})
+
+
+def distill_to_file(path, data, bpc, settings, seed, data_dir):
+    """The whole run: experts (under data_dir; MTT's objective alone), distillation (its checkpoint beside `path`),
+    distilled file `path` -> what the file holds. Raises common.UserError."""
+    experts = None
+    if settings["objective"] == "mtt":
+        data.random_real(bpc)  # enough images in every class? before the hours of experts
+        epochs = settings["max_start"] + settings["expert_epochs"]
+        experts = common.load_experts(data, data_dir, settings["experts"], epochs, seed)
+    tensors, step_size, seconds = distill(data, bpc, settings, seed, experts, path.with_suffix(".ckpt"))
+    return common.save_distilled(path, data, METHOD, bpc, tensors, step_size, settings, seconds, seed,
+                                 protocol_of(settings))
+
+
 def draw_pair(count, *key):
     """Two different hallucinators ("random 2 hallucinators in one iteration", Sec. 4.1), or the only one."""
     first, skip = common.hash_int((*key, "first")) % count, common.hash_int((*key, "skip")) % max(count - 1, 1)
@@ -410,18 +428,13 @@ def main():
     if settings["hallucinators"] < 2 * args.con_downstream or args.con_downstream and args.learn_labels:
         raise common.UserError("take --hallucinators 0 or more; with --con-downstream 2 or more and no --learn-labels")
 
-    if args.objective == "mtt":
-        data, experts, path = common.prepare_trajectories(METHOD, args, args.bpc, settings)
-    else:
-        path, experts = common.output_path(f"{METHOD}_{args.objective}", args, f"bpc{args.bpc}"), None
-        device = common.pick_device(args.device)
-        data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, device)
-    protocol = common.PROTOCOL | ({} if settings["dsa"] else {"augment": ()})
-    tensors, step_size, seconds = distill(data, args.bpc, settings, args.seed, experts, path.with_suffix(".ckpt"))
-    distilled = common.save_distilled(path, data, METHOD, args.bpc, tensors, step_size, settings, seconds, args.seed,
-                                      protocol)
+    name = METHOD if args.objective == "mtt" else f"{METHOD}_{args.objective}"
+    path = common.output_path(name, args, f"bpc{args.bpc}")
+    data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
+    distilled = distill_to_file(path, data, args.bpc, settings, args.seed, args.data_dir)
     picture(path.with_suffix(".png"), data, distilled)
     print(f"wrote {path} and {path.with_suffix('.png')}")
+    protocol = protocol_of(settings)
     if args.con_downstream:
         protocol["accumulate"] = lambda *batch: accumulate_contrast(settings["weight_con"], *batch)
     name = variant(settings) + " con-downstream" * args.con_downstream

@@ -269,6 +269,20 @@ def distill(data, ipc, settings, seed, checkpoint, real_means=None, fixed=None):
     return codes.detach(), decoders.requires_grad_(False), watch["seconds"]
 
 
+def distill_to_file(path, data, ipc, settings, seed, data_dir, fixed=None):
+    """The whole run: stored real means where settings ask for them (under data_dir), distillation (its checkpoint beside
+    `path`), distilled file `path`, whose settings tell of its storage and diversity too -> what the file holds. fixed: as
+    in distill. Raises common.UserError."""
+    began, real_means = time.time(), None
+    if settings["real_means"]:
+        real_means = load_real_means(data, data_dir, settings["real_means"], settings["dsa"])
+    found = {"real_means_seconds": round(time.time() - began, 1)}
+    codes, decoders, seconds = distill(data, ipc, settings, seed, path.with_suffix(".ckpt"), real_means, fixed)
+    tensors = {"codes": codes} | {f"decoders.{name}": p for name, p in decoders.named_parameters()}
+    found |= storage(settings, data.shape, ipc, len(data.classes)) | diversity(codes, decoders)
+    return common.save_distilled(path, data, METHOD, ipc, tensors, None, settings | found, seconds, seed)
+
+
 def random_order(shape, first, *key, device):
     """The first `first` of a random order of 0 .. shape[-1] - 1, for every row, drawn on the device."""
     return torch.rand(shape, generator=common.rng(*key, device=device), device=device).argsort(-1)[..., :first]
@@ -364,18 +378,10 @@ def main():
           f"decoders: {takes['numbers_per_class']:.1f} numbers a class, {takes['overhead_percent']:+.2f} % of "
           f"{args.ipc} image{'s' * (args.ipc > 1)} a class (O-P.)", flush=True)
 
-    began, real_means = time.time(), None
-    if settings["real_means"]:
-        real_means = load_real_means(data, args.data_dir, settings["real_means"], settings["dsa"])
-    before = time.time() - began
-    codes, decoders, seconds = distill(data, args.ipc, settings, args.seed, path.with_suffix(".ckpt"), real_means, fixed)
-    tensors = {"codes": codes} | {f"decoders.{name}": p for name, p in decoders.named_parameters()}
-    spread = diversity(codes, decoders)
-    print(f"images of one code differ by {spread['between_decoders']} between decoders, of one decoder by "
-          f"{spread['between_codes']} between codes of a class (root mean square)")
-    distilled = common.save_distilled(path, data, METHOD, args.ipc, tensors, None, settings | takes | spread | {
-        "real_means_seconds": round(before, 1)}, seconds, args.seed)
-    picture(path.with_suffix(".png"), data, codes, decoders)
+    distilled = distill_to_file(path, data, args.ipc, settings, args.seed, args.data_dir, fixed)
+    print(f"images of one code differ by {distilled['settings']['between_decoders']} between decoders, of one decoder by "
+          f"{distilled['settings']['between_codes']} between codes of a class (root mean square)")
+    picture(path.with_suffix(".png"), data, *open_decoders(distilled, data.device))
     print(f"wrote {path} and {path.with_suffix('.png')}")
     common.score(data, distilled, *sampler(distilled, data.device), args.out, args.epochs, args.runs, args.seed,
                  PROTOCOL)

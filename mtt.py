@@ -77,6 +77,16 @@ def distill(data, ipc, settings, seed, experts, checkpoint):
     return {"images": images.detach(), "labels": labels}, step_size.item(), watch["seconds"]
 
 
+def distill_to_file(path, data, ipc, settings, seed, data_dir):
+    """The whole run: experts (under data_dir), distillation (its checkpoint beside `path`), distilled file `path` -> what
+    the file holds. Raises common.UserError."""
+    data.random_real(ipc)  # enough images in every class? before the hours of experts
+    epochs = settings["max_start"] + settings["expert_epochs"]
+    experts = common.load_experts(data, data_dir, settings["experts"], epochs, seed)
+    tensors, step_size, seconds = distill(data, ipc, settings, seed, experts, path.with_suffix(".ckpt"))
+    return common.save_distilled(path, data, METHOD, ipc, tensors, step_size, settings, seconds, seed)
+
+
 sampler = common.image_sampler  # what common.score draws batches from
 
 
@@ -89,10 +99,10 @@ def main():
     args = parser.parse_args()
     settings = common.merge_settings(PAPER | common.settings_for(SETTINGS, args.dataset, args.ipc), args)
 
-    data, experts, path = common.prepare_trajectories(METHOD, args, args.ipc, settings)
-    tensors, step_size, seconds = distill(data, args.ipc, settings, args.seed, experts, path.with_suffix(".ckpt"))
-    distilled = common.save_distilled(path, data, METHOD, args.ipc, tensors, step_size, settings, seconds, args.seed)
-    common.save_picture(path.with_suffix(".png"), data, tensors["images"], per_row=min(args.ipc, 10))
+    path = common.output_path(METHOD, args, f"ipc{args.ipc}")
+    data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
+    distilled = distill_to_file(path, data, args.ipc, settings, args.seed, args.data_dir)
+    common.save_picture(path.with_suffix(".png"), data, distilled["images"], per_row=min(args.ipc, 10))
     print(f"wrote {path} and {path.with_suffix('.png')}")
     common.score(data, distilled, *sampler(distilled, data.device), args.out, args.epochs, args.runs, args.seed)
 

@@ -336,6 +336,19 @@ def distill(data, ipcs, settings, seed, mode, translator, checkpoint):
     return {ipc: {"images": images, "labels": labels} for ipc, (images, labels) in found.items()}, seconds
 
 
+def distill_to_file(path, data, ipc, settings, seed, data_dir=None):
+    """The whole run for one budget: adapted with the translator of the file settings["translator"], or, where that is
+    None, in one network for T + S' steps; checkpoints lie beside the distilled file `path` -> what the file holds.
+    Raises common.UserError."""
+    translator, mode = None, "one-net"
+    if settings["translator"]:
+        translator, mode = load_translator(settings["translator"], data, "adapted").to(data.device), "adapted"
+    found, seconds = distill(data, [ipc], settings, seed, mode, translator,
+                             lambda name: path.with_name(f"{path.stem}_{name}.ckpt"))
+    return common.save_distilled(path, data, METHOD, ipc, found[ipc], None, settings, seconds, seed,
+                                 PROTOCOL(len(found[ipc]["images"])))
+
+
 def norm_of(module):
     """One number that tells apart different parameters: for checkpoints."""
     return common.flat_parameters(module).double().norm().item()
