@@ -31,7 +31,7 @@ METHOD = "haba"
 # there are more than 1,000 bases (Sec. 4.1). Other budgets and data sets take the nearest row of theirs or CIFAR-10's.
 # Experts, iterations, momentum (of bases and hallucinators): their code's.
 ROW = dict(zca=True, experts=100, iterations=15000, student_steps=30, expert_epochs=2, max_start=20, lr_bases=100.,
-           lr_hallucinators=100., momentum=.95, lr_step=1e-5, step_size=.01, batch=0, learn_labels=False)
+           lr_hallucinators=100., momentum=.95, lr_step=1e-5, step_size=.01, batch=0, learn_labels=False, compile=False)
 SETTINGS = {
     ("cifar10", 1): ROW | dict(student_steps=50, max_start=2, lr_step=1e-7),
     ("cifar10", 10): ROW | dict(step_size=.001),
@@ -175,16 +175,16 @@ def match_gradients(net, theta, real, images, classes, augment=lambda x, c: x):
     images hang on is left alone. augment(x, c): DSA for those of class c, the same for both.
     -> (distance D of every class (C,), gradient of its sum with respect to `images`). Classes go one after another:
     no more than one's graph is held at a time."""
-    def gradients(x, c, create_graph=False):
+    def gradients(x, c):
         labels = torch.full((len(x),), c, device=x.device)
-        return common.unflatten(net, sum(common.student_gradient(net, theta, augment(x, c), labels, create_graph))).values()
+        return common.unflatten(net, common.student_gradient(net, theta, augment(x, c), labels)).values()
 
-    theta, distances, found = theta.detach().requires_grad_(), [], []
+    distances, found = [], []
     for c, (theirs, ours) in enumerate(zip(real.chunk(classes), images.detach().chunk(classes))):
         ours = ours.detach().requires_grad_()
         with common.autocast(images.device):
             theirs = list(gradients(theirs, c))
-        distance = gradient_distance(gradients(ours, c, create_graph=True), theirs)
+        distance = gradient_distance(gradients(ours, c), theirs)
         distances.append(distance.detach())
         found += torch.autograd.grad(distance, ours)
     return torch.stack(distances), torch.cat(found)
@@ -250,7 +250,7 @@ def distill(data, bpc, settings, seed, experts, checkpoint):
         if settings["objective"] == "mtt":  # L_DD is Eq. (7)
             start, target = common.draw_start(experts, settings, seed, it)
             watch["loss"], step_size.grad = common.match_trajectory(net, start, target, step_size, batch,
-                                                                    settings["student_steps"])
+                                                                    settings["student_steps"], settings["compile"])
             step_size.grad.mul_(settings["weight_dd"])
             of_step.step()
             with torch.no_grad():
@@ -283,7 +283,7 @@ def distill(data, bpc, settings, seed, experts, checkpoint):
             for n in range(settings["net_epochs"] * -(-len(bases) // settings["batch"])):
                 images, of_images = batch(n)
                 with common.autocast(device):
-                    gradient = sum(common.student_gradient(net, theta, images, of_images))
+                    gradient = common.student_gradient(net, theta, images, of_images)
                 theta -= settings["lr_net"] * velocity.mul_(settings["momentum_net"]).add_(gradient)   # survey Eq. (20)
 
         # lines 13 and 14: F learns the classes and to see one basis in its two hallucinations, Eq. (4). (The authors

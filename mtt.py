@@ -41,7 +41,7 @@ SETTINGS = {
 }
 SETTINGS[("glyphs", 1)] = SETTINGS[("cifar10", 1)] | dict(  # a short run
     experts=3, iterations=80, student_steps=30, expert_epochs=4, max_start=6)
-PAPER = dict(experts=100, iterations=5000)
+PAPER = dict(experts=100, iterations=5000, compile=False)
 
 
 def distill(data, ipc, settings, seed, experts, checkpoint):
@@ -69,7 +69,7 @@ def distill(data, ipc, settings, seed, experts, checkpoint):
 
         of_images.zero_grad()
         watch["loss"], step_size.grad = common.match_trajectory(  # N student steps, Eq. (30), and back through them
-            net, start, target, step_size, batch, settings["student_steps"])
+            net, start, target, step_size, batch, settings["student_steps"], settings["compile"])
         of_images.step()
         of_step.step()
         with torch.no_grad():

@@ -137,10 +137,10 @@ def row_dm(device, per_class, steps):
     return ours, plain, CLASSES * (256 + per_class)
 
 
-def row_mtt(device, per_class, steps):
+def row_mtt(device, per_class, steps, compiled=False):
     """MTT: an iteration of `steps` student steps."""
     data = noise(1000, device)
-    settings = mtt.PAPER | mtt.SETTINGS["cifar10", 10] | {"student_steps": steps}
+    settings = mtt.PAPER | mtt.SETTINGS["cifar10", 10] | {"student_steps": steps, "compile": compiled}
     experts = fake_experts(settings, device)
 
     def ours(n):
@@ -160,6 +160,11 @@ def row_mtt(device, per_class, steps):
             sgd.step()
 
     return ours, plain, CLASSES * per_class * steps
+
+
+def row_compiled(device, per_class, steps):
+    """MTT with --compile: an iteration of `steps` student steps."""
+    return row_mtt(device, per_class, steps, compiled=True)
 
 
 def row_haba(device, per_class, steps):
@@ -350,6 +355,8 @@ def measure(row, way, device, per_class, steps, budget):
     floor = None
     if way == "ours":
         counts = []
+        if row == "compiled":  # operations are counted one by one, in the same that is not compiled
+            run, _, _ = row_mtt(device, per_class, steps)
         for k in (1, 2):
             with Counter() as counter:
                 run(k)
@@ -393,7 +400,7 @@ def growth(rows, args):
     print("| one iteration | over | time | exponent | memory |\n| --- | --- | --- | --- | --- |")
     for row in rows:
         plans = [("images a class", (1, 10, 50), lambda x: (x, 10))]
-        plans += [("student steps", (10, 20, 40), lambda x: (1, x))] * (row in ("mtt", "haba"))
+        plans += [("student steps", (10, 20, 40), lambda x: (1, x))] * (row in ("mtt", "compiled", "haba"))
         for what, values, place in plans * (row != "expert"):
             found = [in_a_process(row, "ours", args.device, *place(x), args.budget) for x in values]
             if not all(found):

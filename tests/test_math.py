@@ -2,6 +2,7 @@
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -81,6 +82,20 @@ def test_unroll(kind, steps, monkeypatch):
         assert grad.norm() == ours.norm() == 0 or relative(ours, grad) <= 1e-8
     assert sum(grad.norm() > 0 for grad in theirs) >= 2
     assert torch.equal(start, before)  # an expert is not to be changed
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
+@pytest.mark.parametrize("kind", ("hallucinators", "soft labels"))
+def test_compiled_unroll(kind):
+    """--compile: the same numbers, in float64."""
+    *arguments, step_size, batch, leaves = scene(kind)
+    found = []
+    for compiled in (False, True):
+        loss, of_step = common.match_trajectory(*arguments, step_size, batch, 2, compiled)
+        found.append([loss, of_step, *(leaf.grad for leaf in leaves)])
+        for leaf in leaves:
+            leaf.grad = None
+    assert all(relative(ours, theirs) <= 1e-10 for ours, theirs in zip(*found))
 
 
 def test_unroll_adds_to_grad():

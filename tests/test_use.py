@@ -376,6 +376,12 @@ def test_bad_flag(more, words, home, tmp_path, call):
     told(*call(haba, *flags(haba, home, tmp_path, "--iterations", 1, *more)), *words)
 
 
+def test_compile_without_a_compiler(home, tmp_path, call, monkeypatch):
+    """--compile is refused before any work where there is no compiler."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    told(*call(haba, *flags(haba, home, tmp_path, "--iterations", 1, "--compile")), "--compile", "C++ compiler")
+
+
 def test_depth_beyond_size(tmp_path, call):
     """Images that cannot be halved depth - 1 times and come back to their size: told, not a traceback."""
     make_folder(tmp_path / "tiny", train=2, test=1, size=18)
