@@ -17,7 +17,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import signal
 import sys
 import time
@@ -448,6 +447,18 @@ def dsa(images, name, u):
 
 # ------------------------------------------------------------------------------------------ the ConvNet
 
+class AvgPool(nn.Module):
+    """Average pool over squares of 2x2. On a CPU rows are added, then columns: four times as fast as nn.AvgPool2d, which
+    took a third of the time of a training step there."""
+
+    def forward(self, x):
+        if x.is_cuda:
+            return F.avg_pool2d(x, 2)
+        h, w = (side // 2 * 2 for side in x.shape[-2:])  # an odd side loses its last row or column, as there
+        x = x[..., :h:2, :w] + x[..., 1:h:2, :w]
+        return (x[..., ::2] + x[..., 1::2]) / 4
+
+
 class ConvNet(nn.Module):
     """The field's ConvNet: `depth` blocks of conv 3x3 -> instance norm -> ReLU -> average pool, then one linear
     layer. 320,010 parameters for 3x32x32 and 10 classes. Depth 3 for 28 and 32 pixels, 4 for 64, 5 for 128."""
@@ -463,7 +474,7 @@ class ConvNet(nn.Module):
         for i in range(self.depth):
             blocks += [nn.Conv2d(channels, width, 3, padding=first_pad if i == 0 else 1),
                        nn.GroupNorm(width, width),  # as many groups as channels: instance norm, no running statistics
-                       nn.ReLU(), nn.AvgPool2d(2)]
+                       nn.ReLU(), AvgPool()]
             channels, size = width, size // 2
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(width * size * size, classes)
@@ -493,7 +504,7 @@ class FRePoNet(nn.Module):
         for i in range(self.depth):
             blocks += [nn.Conv2d(channels, width, 3, padding=first_pad if i == 0 else 1)]
             blocks += [nn.BatchNorm2d(width, track_running_stats=False)] * (norm and i < self.depth - 1)
-            blocks += [nn.ReLU(), nn.AvgPool2d(2)]
+            blocks += [nn.ReLU(), AvgPool()]
             channels, width, size = width, width * 2, size // 2
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(channels * size * size, classes)
@@ -591,6 +602,20 @@ def load_experts(data, data_dir, count, epochs, seed):
     return torch.stack(trajectories)
 
 
+def experts_for(data, data_dir, settings, per_class, seed):
+    """The experts that a method's settings ask for -> as load_experts. Raises UserError for what would only be found
+    after the hours that they take: too few images in a class, nothing to --compile with."""
+    data.random_real(per_class)
+    if settings["compile"]:
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=data.device))
+        except Exception as error:  # no compiler, no headers of Python, an old GPU: they fail in many ways
+            raise UserError(f"--compile cannot be used here ({type(error).__name__}): it wants a C++ compiler and Python's "
+                            "headers; install these or leave --compile out") from None
+    epochs = settings["max_start"] + settings["expert_epochs"]
+    return load_experts(data, data_dir, settings["experts"], epochs, seed)
+
+
 def expert_epochs(data, net, trajectory, epochs, key):
     """Train one expert on the real set from where `trajectory` (E, P) ends; yields it after every epoch."""
     if trajectory is None:
@@ -622,7 +647,7 @@ def draw_start(experts, settings, *key):
 
 def identity(method, data, per_class, settings, seed, experts=None):
     """What has to be equal for a checkpoint to be continued. More iterations of the same thing may be."""
-    same = {k: v for k, v in settings.items() if k != "iterations"}
+    same = {k: v for k, v in settings.items() if k != "iterations" and (k, v) != ("compile", False)}
     if experts is not None:
         same["experts' norm"] = experts.double().norm().item()  # other experts, another norm
     return {"method": method, "dataset": data.name, "fingerprint": data.preprocess.fingerprint,
@@ -657,12 +682,13 @@ def match_trajectory(net, start, target, step_size, batch, steps, compiled=False
     augmentation and hallucinators into whatever leaves it is made of, one step at a time. compiled: see student_step.
     -> (loss 0-d, the gradient with respect to step_size 0-d); the leaves' .grad has been added to.
     Memory does not grow with the steps but for their parameters, P numbers each: no graph spans two steps."""
-    _, pull_back = student_step(net, compiled)
+    gradient_of, pull_back = student_step(net, compiled)
     students, alpha = [start], step_size.detach()
-    with torch.no_grad():
-        for n in range(steps):
+    for n in range(steps):
+        with torch.no_grad():
             images, labels = batch(n)
-            students.append(students[-1] - alpha * student_gradient(net, students[-1], images, labels, compiled))
+        gradient = sum(gradient_of(students[-1], x, y, len(images)) for x, y in student_chunks(images, labels))
+        students.append(students[-1] - alpha * gradient)
     scale = (start - target).square().sum()
     loss = (students[-1] - target).square().sum() / scale
     adjoint = 2 * (students[-1] - target) / scale  # dL / d phi_{t+n}, from n = N down to 0
@@ -670,7 +696,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, compiled=False
     for n in reversed(range(steps)):
         images, labels = batch(n)
         student, through, of_chunks = students.pop(n), torch.zeros_like(adjoint), []
-        for x, y in student_chunks(images.detach(), labels.detach()):
+        for x, y in student_chunks(images, labels):
             # phi_{n+1} = phi_n - alpha g(phi_n, x, y): one vector-Jacobian product with -alpha times the adjoint
             gradient, of_student, *of_batch = pull_back(student, x, y, len(images), -alpha * adjoint)
             step_gradient -= (gradient * adjoint).sum()
@@ -684,31 +710,49 @@ def match_trajectory(net, start, target, step_size, batch, steps, compiled=False
 
 @functools.lru_cache(maxsize=4)  # what was compiled stays so from one iteration to the next
 def student_step(net, compiled=False):
-    """A student's gradient and the derivative of that gradient, as two pure functions of parameters (P,), images
-    (b, c, h, w), labels (b,) or (b, C), and the number of images that the mean is over, of which these may be a chunk:
+    """A student's gradient and the derivative of that gradient, as two functions of parameters (P,), images (b, c, h, w),
+    labels (b,) or (b, C), and the number of images that the mean is over, of which these may be a chunk:
 
     gradient(student, images, labels, count) -> (P,), of cross-entropy. pull_back(student, images, labels, count,
     adjoint (P,)) -> the same gradient, and the products of `adjoint` with its Jacobians for student, images and, if they
     are soft, labels. No bfloat16 here; on a GPU convolutions take TF32.
 
-    compiled: by torch.compile, which fuses what lies between the convolutions and picks their layout. It rounds otherwise:
-    1e-6 from float64, as without, unless a ReLU's input is so near to 0 that its sign changes with the rounding. One
-    such unit of 5.5 million, at 32 images, makes 3e-3 of the gradient."""
-    def loss(student, images, labels, count):
-        logits = functional_call(net, unflatten(net, student), images)
-        return F.cross_entropy(logits, labels, reduction="sum") / count
-
+    compiled: by torch.compile, which fuses what lies between the convolutions and picks their layout; it wants pure
+    functions, torch.func's, which by themselves are slower than autograd. It rounds otherwise: 1e-6 from float64, as
+    without, unless a ReLU's input is so near to 0 that its sign changes with the rounding. One such unit of 5.5 million,
+    at 32 images, makes 3e-3 of the gradient."""
     def gradient(student, images, labels, count):
-        return torch.func.grad(loss)(student, images, labels, count)
+        student = student.detach().requires_grad_()
+        return torch.autograd.grad(student_loss(net, student, images, labels, count), student)[0]
 
     def pull_back(student, images, labels, count, adjoint):
+        leaves = [t.detach().requires_grad_() for t in (student, images, labels) if t.is_floating_point()]
+        images, labels = (*leaves[1:], labels)[:2]
+        loss = student_loss(net, leaves[0], images, labels, count)
+        found, = torch.autograd.grad(loss, leaves[0], create_graph=True)
+        return found.detach(), *torch.autograd.grad(found, leaves, adjoint)
+
+    def pure_gradient(student, images, labels, count):
+        return torch.func.grad(student_loss, argnums=1)(net, student, images, labels, count)
+
+    def pure_pull_back(student, images, labels, count, adjoint):
         if labels.is_floating_point():
-            found, pull = torch.func.vjp(lambda p, x, y: gradient(p, x, y, count), student, images, labels)
+            found, pull = torch.func.vjp(lambda p, x, y: pure_gradient(p, x, y, count), student, images, labels)
         else:
-            found, pull = torch.func.vjp(lambda p, x: gradient(p, x, labels, count), student, images)
+            found, pull = torch.func.vjp(lambda p, x: pure_gradient(p, x, labels, count), student, images)
         return found, *pull(adjoint, retain_graph=False)
 
-    return tuple(torch.compile(f, dynamic=False) if compiled else f for f in (gradient, pull_back))
+    if not compiled:
+        return gradient, pull_back
+    forth, back = (torch.compile(f, dynamic=False) for f in (pure_gradient, pure_pull_back))
+    return (lambda student, x, y, *rest: forth(student, x.detach(), y.detach(), *rest),
+            lambda student, x, y, *rest: back(student, x.detach(), y.detach(), *rest))
+
+
+def student_loss(net, student, images, labels, count):
+    """Cross-entropy of net with parameters `student` (P,), a sum over the images divided by `count`."""
+    logits = functional_call(net, unflatten(net, student), images)
+    return F.cross_entropy(logits, labels, reduction="sum") / count
 
 
 def student_chunks(images, labels):
@@ -717,11 +761,12 @@ def student_chunks(images, labels):
     return zip(images.chunk(count), labels.chunk(count))
 
 
-def student_gradient(net, student, images, labels, compiled=False):
-    """The gradient (P,) of the mean cross-entropy at parameters `student` (P,), chunk by chunk; differentiable where
-    `student` or `images` are."""
-    gradient, _ = student_step(net, compiled)
-    return sum(gradient(student, x, y, len(images)) for x, y in student_chunks(images, labels))
+def student_gradient(net, student, images, labels, create_graph=False):
+    """The gradient (P,) of the mean cross-entropy at parameters `student` (P,), chunk by chunk; with create_graph
+    differentiable where images are."""
+    student = student.detach().requires_grad_()
+    return sum(torch.autograd.grad(student_loss(net, student, x, y, len(images)), student, create_graph=create_graph)[0]
+               for x, y in student_chunks(images, labels))
 
 
 # ------------------------------------------------------------------------------------------ distribution matching
@@ -829,7 +874,7 @@ def krr(support, labels, target, ridge=1e-6):
     matrix is not positive definite."""
     wide = support.double()
     kernel = wide @ wide.T
-    trace = kernel.diagonal().sum()  # the second derivative of .trace() would wait for the GPU
+    trace = kernel.diagonal().sum()  # the derivatives of .trace() would wait for the GPU
     kernel = kernel + ridge * trace / len(kernel) * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     factor, failed = torch.linalg.cholesky_ex(kernel)
     if failed.device.type == "cpu" and failed:
@@ -1264,10 +1309,8 @@ def add_trajectory_arguments(parser, iterations):
 
 
 def merge_settings(settings, args):
-    """The table's settings with what the command line gives in their place. Raises UserError."""
+    """The table's settings with what the command line gives in their place."""
     given = {name: value for name, value in vars(args).items() if name in settings and value is not None}
-    if given.get("compile") and not shutil.which(os.environ.get("CXX", "g++")):
-        raise UserError("--compile wants a C++ compiler: install g++ (or name another in CXX), or leave --compile out")
     return settings | given | {"size": args.size}
 
 

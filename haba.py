@@ -175,16 +175,16 @@ def match_gradients(net, theta, real, images, classes, augment=lambda x, c: x):
     images hang on is left alone. augment(x, c): DSA for those of class c, the same for both.
     -> (distance D of every class (C,), gradient of its sum with respect to `images`). Classes go one after another:
     no more than one's graph is held at a time."""
-    def gradients(x, c):
+    def gradients(x, c, create_graph=False):
         labels = torch.full((len(x),), c, device=x.device)
-        return common.unflatten(net, common.student_gradient(net, theta, augment(x, c), labels)).values()
+        return common.unflatten(net, common.student_gradient(net, theta, augment(x, c), labels, create_graph)).values()
 
     distances, found = [], []
     for c, (theirs, ours) in enumerate(zip(real.chunk(classes), images.detach().chunk(classes))):
         ours = ours.detach().requires_grad_()
         with common.autocast(images.device):
             theirs = list(gradients(theirs, c))
-        distance = gradient_distance(gradients(ours, c), theirs)
+        distance = gradient_distance(gradients(ours, c, create_graph=True), theirs)
         distances.append(distance.detach())
         found += torch.autograd.grad(distance, ours)
     return torch.stack(distances), torch.cat(found)
@@ -281,7 +281,8 @@ def distill(data, bpc, settings, seed, experts, checkpoint):
         of_factors.step()                                                             # lines 11 and 12
         if settings["objective"] == "dc" and (it + 1) % settings["matches"]:
             for n in range(settings["net_epochs"] * -(-len(bases) // settings["batch"])):
-                images, of_images = batch(n)
+                with torch.no_grad():
+                    images, of_images = batch(n)
                 with common.autocast(device):
                     gradient = common.student_gradient(net, theta, images, of_images)
                 theta -= settings["lr_net"] * velocity.mul_(settings["momentum_net"]).add_(gradient)   # survey Eq. (20)
@@ -314,11 +315,7 @@ def protocol_of(settings):
 def distill_to_file(path, data, bpc, settings, seed, data_dir):
     """The whole run: experts (under data_dir; MTT's objective alone), distillation (its checkpoint beside `path`),
     distilled file `path` -> what the file holds. Raises common.UserError."""
-    experts = None
-    if settings["objective"] == "mtt":
-        data.random_real(bpc)  # enough images in every class? before the hours of experts
-        epochs = settings["max_start"] + settings["expert_epochs"]
-        experts = common.load_experts(data, data_dir, settings["experts"], epochs, seed)
+    experts = common.experts_for(data, data_dir, settings, bpc, seed) if settings["objective"] == "mtt" else None
     tensors, step_size, seconds = distill(data, bpc, settings, seed, experts, path.with_suffix(".ckpt"))
     return common.save_distilled(path, data, METHOD, bpc, tensors, step_size, settings, seconds, seed,
                                  protocol_of(settings))

@@ -80,9 +80,7 @@ def distill(data, ipc, settings, seed, experts, checkpoint):
 def distill_to_file(path, data, ipc, settings, seed, data_dir):
     """The whole run: experts (under data_dir), distillation (its checkpoint beside `path`), distilled file `path` -> what
     the file holds. Raises common.UserError."""
-    data.random_real(ipc)  # enough images in every class? before the hours of experts
-    epochs = settings["max_start"] + settings["expert_epochs"]
-    experts = common.load_experts(data, data_dir, settings["experts"], epochs, seed)
+    experts = common.experts_for(data, data_dir, settings, ipc, seed)
     tensors, step_size, seconds = distill(data, ipc, settings, seed, experts, path.with_suffix(".ckpt"))
     return common.save_distilled(path, data, METHOD, ipc, tensors, step_size, settings, seconds, seed)
 

@@ -337,7 +337,7 @@ def distill(data, ipcs, settings, seed, mode, translator, checkpoint):
 
 
 def distill_to_file(path, data, ipc, settings, seed, data_dir=None):
-    """The whole run for one budget: adapted with the translator of the file settings["translator"], or, where that is
+    """What evaluate.py --continual runs, one budget: adapted with the translator of the file settings["translator"], or, where that is
     None, in one network for T + S' steps; checkpoints lie beside the distilled file `path` -> what the file holds.
     Raises common.UserError."""
     translator, mode = None, "one-net"

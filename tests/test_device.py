@@ -1,7 +1,8 @@
 """What a GPU would complain about or wait for, found without one. Tensors on the "meta" device have shapes and no values:
 whatever needs a value on the host raises, as .item(), an `if` on a tensor, or a mask as an index; here mixing them with the
-host's tensors, or copying these to them, raises too. Each method's loop runs so, as it is. What prepares the loop, once,
-may look at values and is replaced."""
+host's tensors, copying these to them, or asking linear algebra whether it went well, raises too. (A list as an index or
+in torch.tensor(..., device=...), which are copied as well, is not seen.) Each method's loop runs so, as it is. What
+prepares the loop, once, may look at values and is replaced."""
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +28,9 @@ class MetaData(common.Dataset):
         return torch.empty(len(labels), *SHAPE, device=META), labels
 
 
+WAITS = (torch.ops.aten._linalg_check_errors, torch.ops.aten.index_fill, torch.ops.aten.index_fill_)
+
+
 class OnDevice(TorchDispatchMode):
     """Every operation inside of a loop has to keep to one device. Numbers, tensors of no dimension, may come from the host."""
 
@@ -37,6 +41,8 @@ class OnDevice(TorchDispatchMode):
             devices |= {torch.device(kwargs["device"])} if devices else set()
         if INSIDE and len(devices) > 1:
             raise RuntimeError(f"{function} has tensors on {devices}")
+        if INSIDE and function.overloadpacket in WAITS:
+            raise RuntimeError(f"{function} waits for the GPU")
         return function(*args, **kwargs)
 
 
@@ -71,22 +77,32 @@ def iterate(total, path, settings, state, watch, every=60):
 INSIDE, ENDED = [], []  # the iteration under way; the loops that were gone through
 
 
+def inside(function):
+    """The function, in which nothing may be looked at either."""
+    def call(*args):
+        INSIDE.append(0)
+        function(*args)
+        INSIDE.pop()
+    return call
+
+
 def settings(row, **more):
     return row | dict(iterations=3, batch_real=5, student_steps=3, max_start=1, expert_epochs=2) | more
 
 
 def test_that_the_device_complains(data):
-    x = torch.empty(3, 3, device=META)
+    x, y = torch.empty(3, 3, device=META), torch.empty(3, 3, device=META, requires_grad=True)
     INSIDE.append(0)
     for wrong in (lambda: x + torch.ones(3, 3), lambda: x @ torch.ones(3, 3), lambda: x[torch.arange(2)],
                   lambda: torch.ones(3, 3).to(META), lambda: x.copy_(torch.ones(3, 3)), lambda: x.sum().item(),
-                  lambda: float(x.sum()), lambda: bool(x[0, 0] > 0), lambda: x[x > 0], lambda: torch.nonzero(x)):
+                  lambda: float(x.sum()), lambda: bool(x[0, 0] > 0), lambda: x[x > 0], lambda: torch.nonzero(x),
+                  lambda: torch.linalg.cholesky(x), lambda: y.trace().backward()):
         with pytest.raises(RuntimeError):
             wrong()
 
 
 def test_mtt(data):
-    mtt.distill(data, 2, settings(mtt.SETTINGS["cifar10", 1], batch=4), 0, EXPERTS, None)
+    mtt.distill(data, 2, settings(mtt.PAPER | mtt.SETTINGS["cifar10", 1], batch=4), 0, EXPERTS, None)
     assert ENDED == [3]
 
 
@@ -98,7 +114,13 @@ def test_haba(data, more):
 
 
 @pytest.mark.parametrize("objective", ["dm", "dc"])
-def test_haba_with_other_objectives(data, objective):
+def test_haba_with_other_objectives(data, objective, monkeypatch):
+    match = haba.match_gradients
+
+    def spy(net, theta, *rest):
+        assert not theta.requires_grad  # it would hold the graphs of all steps that DC's network has trained for
+        return match(net, theta, *rest)
+    monkeypatch.setattr(haba, "match_gradients", spy)
     table = {"dm": haba.DM_SETTINGS, "dc": haba.DC_SETTINGS}[objective]
     haba.distill(data, 2, settings(haba.PAPER | table["cifar10", 1], objective=objective, matches=2, net_epochs=1), 0,
                  None, None)
@@ -133,7 +155,7 @@ def test_translator(data, mode):
 
 
 def test_experts(data, monkeypatch):
-    steps, step = [], common.accumulate_gradient
+    steps, step = [], inside(common.accumulate_gradient)
     monkeypatch.setattr(common, "accumulate_gradient", lambda *batch: [step(*batch), steps.append(1)])
     net = common.ConvNet(SHAPE, CLASSES).to(META)
     with pytest.raises(RuntimeError):  # behind the epoch: is everything finite?
@@ -143,8 +165,9 @@ def test_experts(data, monkeypatch):
 
 @pytest.mark.parametrize("protocol", [common.PROTOCOL, common.frepo_protocol(10)])
 @pytest.mark.parametrize("side_by_side", [True, False])
-def test_scoring(data, protocol, side_by_side):
+def test_scoring(data, protocol, side_by_side, monkeypatch):
     images, labels = data.random_real(3)
+    monkeypatch.setattr(common, "accumulate_gradient", inside(common.accumulate_gradient))
     found = common.train_and_test(data, lambda run, index, *key: (images[index], labels[index]), len(images), protocol,
                                   epochs=2, runs=2, side_by_side=side_by_side, test=lambda net, parameters: 1)
     assert found == [1, 1]

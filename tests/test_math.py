@@ -84,10 +84,14 @@ def test_unroll(kind, steps, monkeypatch):
     assert torch.equal(start, before)  # an expert is not to be changed
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
-@pytest.mark.parametrize("kind", ("hallucinators", "soft labels"))
-def test_compiled_unroll(kind):
-    """--compile: the same numbers, in float64."""
+COMPILER = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
+
+
+@pytest.mark.parametrize("kind, compiler", (pytest.param("hallucinators", True, marks=COMPILER), ("soft labels", False)))
+def test_compiled_unroll(kind, compiler, monkeypatch):
+    """--compile: the same numbers, in float64; without a compiler those of the pure functions that it is given."""
+    really, given = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **more: [given.append(f), really(f, **more) if compiler else f][1])
     *arguments, step_size, batch, leaves = scene(kind)
     found = []
     for compiled in (False, True):
@@ -96,6 +100,7 @@ def test_compiled_unroll(kind):
         for leaf in leaves:
             leaf.grad = None
     assert all(relative(ours, theirs) <= 1e-10 for ours, theirs in zip(*found))
+    assert len(given) == 2
 
 
 def test_unroll_adds_to_grad():
@@ -120,6 +125,14 @@ def test_unroll_memory():
     """Peak memory of 50 student steps is within 10 % of that of 10; autograd's is not, even for 10 and 2."""
     assert peak("ours", 20, 50) <= 1.1 * peak("ours", 20, 10)
     assert peak("plain", 8, 10) > 1.3 * peak("plain", 8, 2)
+
+
+@pytest.mark.parametrize("size", (8, 9))
+def test_average_pool(size):
+    """AvgPool and its gradient are torch's own; an odd side loses its last row and column."""
+    x = torch.randn(2, 3, size, size, dtype=torch.double, requires_grad=True)
+    pairs = [(pooled, *torch.autograd.grad(pooled.square().sum(), x)) for pooled in (common.AvgPool()(x), F.avg_pool2d(x, 2))]
+    assert all(torch.allclose(ours, theirs, rtol=1e-12) for ours, theirs in zip(*pairs))
 
 
 @pytest.mark.parametrize("batch", (0, 3, 4, 10, 99))

@@ -377,9 +377,22 @@ def test_bad_flag(more, words, home, tmp_path, call):
 
 
 def test_compile_without_a_compiler(home, tmp_path, call, monkeypatch):
-    """--compile is refused before any work where there is no compiler."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    """--compile is refused before any expert is trained where nothing can be compiled."""
+    def fails(*_, **__):
+        raise RuntimeError("no compiler")
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(common, "load_experts", None)
     told(*call(haba, *flags(haba, home, tmp_path, "--iterations", 1, "--compile")), "--compile", "C++ compiler")
+
+
+@pytest.mark.parametrize("method", (mtt, haba))
+def test_compile(method, home, tmp_path, call, monkeypatch):
+    """--compile reaches the student's steps, and a checkpoint knows it."""
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda f, **more: [given.append(f.__name__), f][1])
+    assert call(method, *flags(method, home, tmp_path, "--iterations", 1, "--compile"))[0] == 0
+    assert given == ["<lambda>", "pure_gradient", "pure_pull_back"]
+    told(*call(method, *flags(method, home, tmp_path, "--iterations", 2)), "compile", "checkpoint of other settings")
 
 
 def test_depth_beyond_size(tmp_path, call):
