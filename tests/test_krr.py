@@ -146,7 +146,7 @@ def test_frepo_network():
     assert not common.mixes_images(net)
     pool = common.FRePoNet((3, 32, 32), 10, norm=True)
     kinds = [type(layer).__name__ for layer in pool.blocks]
-    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", "AvgPool2d"] * 2 + ["Conv2d", "ReLU", "AvgPool2d"]
+    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", "AvgPool"] * 2 + ["Conv2d", "ReLU", "AvgPool"]
     common.start_anew(net, "somewhere")
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
