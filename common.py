@@ -646,7 +646,8 @@ def draw_start(experts, settings, *key):
 
 
 def identity(method, data, per_class, settings, seed, experts=None):
-    """What has to be equal for a checkpoint to be continued. More iterations of the same thing may be."""
+    """What has to be equal for a checkpoint to be continued. More iterations of the same thing may be. `compile` is told
+    where it is on: checkpoints from before it was there go on."""
     same = {k: v for k, v in settings.items() if k != "iterations" and (k, v) != ("compile", False)}
     if experts is not None:
         same["experts' norm"] = experts.double().norm().item()  # other experts, another norm
@@ -686,7 +687,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, compiled=False
     students, alpha = [start], step_size.detach()
     for n in range(steps):
         with torch.no_grad():
-            images, labels = batch(n)
+            images, labels = (t.detach() for t in batch(n))  # that may be leaves themselves
         gradient = sum(gradient_of(students[-1], x, y, len(images)) for x, y in student_chunks(images, labels))
         students.append(students[-1] - alpha * gradient)
     scale = (start - target).square().sum()
@@ -696,7 +697,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, compiled=False
     for n in reversed(range(steps)):
         images, labels = batch(n)
         student, through, of_chunks = students.pop(n), torch.zeros_like(adjoint), []
-        for x, y in student_chunks(images, labels):
+        for x, y in student_chunks(images.detach(), labels.detach()):
             # phi_{n+1} = phi_n - alpha g(phi_n, x, y): one vector-Jacobian product with -alpha times the adjoint
             gradient, of_student, *of_batch = pull_back(student, x, y, len(images), -alpha * adjoint)
             step_gradient -= (gradient * adjoint).sum()
@@ -721,9 +722,10 @@ def student_step(net, compiled=False):
     functions, torch.func's, which by themselves are slower than autograd. It rounds otherwise: 1e-6 from float64, as
     without, unless a ReLU's input is so near to 0 that its sign changes with the rounding. One such unit of 5.5 million,
     at 32 images, makes 3e-3 of the gradient."""
-    def gradient(student, images, labels, count):
+    def gradient(student, images, labels, count, create_graph=False):
         student = student.detach().requires_grad_()
-        return torch.autograd.grad(student_loss(net, student, images, labels, count), student)[0]
+        loss = student_loss(net, student, images, labels, count)
+        return torch.autograd.grad(loss, student, create_graph=create_graph)[0]
 
     def pull_back(student, images, labels, count, adjoint):
         leaves = [t.detach().requires_grad_() for t in (student, images, labels) if t.is_floating_point()]
@@ -744,9 +746,7 @@ def student_step(net, compiled=False):
 
     if not compiled:
         return gradient, pull_back
-    forth, back = (torch.compile(f, dynamic=False) for f in (pure_gradient, pure_pull_back))
-    return (lambda student, x, y, *rest: forth(student, x.detach(), y.detach(), *rest),
-            lambda student, x, y, *rest: back(student, x.detach(), y.detach(), *rest))
+    return tuple(torch.compile(f, dynamic=False) for f in (pure_gradient, pure_pull_back))
 
 
 def student_loss(net, student, images, labels, count):
@@ -764,9 +764,8 @@ def student_chunks(images, labels):
 def student_gradient(net, student, images, labels, create_graph=False):
     """The gradient (P,) of the mean cross-entropy at parameters `student` (P,), chunk by chunk; with create_graph
     differentiable where images are."""
-    student = student.detach().requires_grad_()
-    return sum(torch.autograd.grad(student_loss(net, student, x, y, len(images)), student, create_graph=create_graph)[0]
-               for x, y in student_chunks(images, labels))
+    gradient, _ = student_step(net)
+    return sum(gradient(student, x, y, len(images), create_graph) for x, y in student_chunks(images, labels))
 
 
 # ------------------------------------------------------------------------------------------ distribution matching

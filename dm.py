@@ -69,7 +69,7 @@ def matching_loss(net, real_means, images, draw=None):
     return distance.sum(), torch.autograd.grad(augmented, leaf, gradient)[0] if draw else gradient
 
 
-def distill_to_file(path, data, ipc, settings, seed, data_dir=None):
+def distill_to_file(path, data, ipc, settings, seed, data_dir=None):  # nothing is kept under data_dir
     """The whole run: distillation (its checkpoint beside `path`), distilled file `path` -> what the file holds. Raises
     common.UserError."""
     tensors, seconds = distill(data, ipc, settings, seed, path.with_suffix(".ckpt"))

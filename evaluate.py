@@ -573,6 +573,7 @@ def distil_stage(method, part, settings, args, path, first):
     if path.exists():
         distilled = common.load_distilled(path)
         check_fit(path, distilled, part)
+        # A file's settings tell more than was asked for; one that is younger than the file is as it was before it was there.
         same = settings | {name: value for name, value in distilled["settings"].items() if name in settings}
         if (same, distilled["seed"], distilled["per_class"]) != (settings, args.seed, args.ipc):
             raise common.UserError(f"{path} was distilled with other settings: remove its folder or take another --out")

@@ -132,7 +132,7 @@ def distill(data, ipc, settings, seed, checkpoint):
     return {"images": images.detach(), "labels": labels.detach()}, watch["seconds"]
 
 
-def distill_to_file(path, data, ipc, settings, seed, data_dir=None):
+def distill_to_file(path, data, ipc, settings, seed, data_dir=None):  # nothing is kept under data_dir
     """The whole run: distillation (its checkpoint beside `path`), distilled file `path`, whose settings tell of its
     labels too -> what the file holds. Raises common.UserError."""
     tensors, seconds = distill(data, ipc, settings, seed, path.with_suffix(".ckpt"))

@@ -425,8 +425,8 @@ def main():
     if settings["hallucinators"] < 2 * args.con_downstream or args.con_downstream and args.learn_labels:
         raise common.UserError("take --hallucinators 0 or more; with --con-downstream 2 or more and no --learn-labels")
 
-    name = METHOD if args.objective == "mtt" else f"{METHOD}_{args.objective}"
-    path = common.output_path(name, args, f"bpc{args.bpc}")
+    stem = METHOD if args.objective == "mtt" else f"{METHOD}_{args.objective}"
+    path = common.output_path(stem, args, f"bpc{args.bpc}")
     data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
     distilled = distill_to_file(path, data, args.bpc, settings, args.seed, args.data_dir)
     picture(path.with_suffix(".png"), data, distilled)

@@ -337,9 +337,9 @@ def distill(data, ipcs, settings, seed, mode, translator, checkpoint):
 
 
 def distill_to_file(path, data, ipc, settings, seed, data_dir=None):
-    """What evaluate.py --continual runs, one budget: adapted with the translator of the file settings["translator"], or, where that is
-    None, in one network for T + S' steps; checkpoints lie beside the distilled file `path` -> what the file holds.
-    Raises common.UserError."""
+    """What evaluate.py --continual runs, one budget: adapted with the translator of the file settings["translator"], or,
+    where that is None, in one network for T + S' steps; checkpoints lie beside the distilled file `path` -> what the
+    file holds. Raises common.UserError."""
     translator, mode = None, "one-net"
     if settings["translator"]:
         translator, mode = load_translator(settings["translator"], data, "adapted").to(data.device), "adapted"

@@ -37,8 +37,8 @@ class OnDevice(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         devices = {x.device for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.ndim}
-        if kwargs.get("device") is not None:
-            devices |= {torch.device(kwargs["device"])} if devices else set()
+        if devices and kwargs.get("device") is not None:
+            devices.add(torch.device(kwargs["device"]))
         if INSIDE and len(devices) > 1:
             raise RuntimeError(f"{function} has tensors on {devices}")
         if INSIDE and function.overloadpacket in WAITS:
