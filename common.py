@@ -1,99 +1,181 @@
-"""What the methods share: data, ZCA, DSA, the ConvNet, experts, the trajectory unroll, scoring, files.
+"""What the methods share: data, DSA, the ConvNet, trajectories, ridge regression, scoring, files.
 
-A method file (mtt.py, haba.py, ...) imports this module and nothing else of ours; copy the two together and
-they run. Images are (n, channels, height, width) everywhere. "Pixels" are uint8 0..255 or floats in [0, 1];
-"preprocessed" images are what networks see: standardised per channel, or ZCA-whitened.
-Papers: HaBa = Liu et al. 2022, MTT = Cazenavette et al. 2022, DSA = Zhao & Bilen 2021.
+Images are (n, c, h, w). "Pixels" are uint8, or floats in [0, 1]; "images" are network inputs:
+standardized per channel or ZCA-whitened. Before each draw the generators are seeded by a key such
+as (seed, iteration, "real"), so a resumed run draws the same numbers.
 """
+
 import argparse
 import contextlib
-import dataclasses
-import errno
-import functools
-import glob
+import difflib
 import hashlib
+import inspect
 import io
 import json
 import math
 import os
 import pathlib
+import re
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, partial
+from typing import get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.func import functional_call
 
+# ------------------------------------------------------------ settings and command line
+
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line that says what to do; `run` turns it into exit status 2."""
+    """Invalid user input; shown as one line, exit status 2."""
 
 
-# ------------------------------------------------------------------------------------------ random numbers, device
+@dataclass
+class Args:
+    """Settings of every method. The comment above a field is its help text."""
 
-def rng(*key, device="cpu"):
-    """A torch.Generator that depends on `key` alone, e.g. (seed, "dsa", iteration): a run that was killed and
-    goes on draws what the unbroken run would have drawn. Drawing on `device` copies nothing from the host."""
-    return torch.Generator(device).manual_seed(hash_int(key))
+    # glyphs (drawn here), cifar10, cifar100, svhn, mnist, fashionmnist, or a folder of images
+    dataset: str = "glyphs"
+    # folder of data sets, experts and caches
+    data_dir: str = "data"
+    # resize a folder's images to squares of this side; 0: keep
+    size: int = 0
+    # whiten the images
+    zca: bool = False
+    # start of all random numbers
+    seed: int = 0
+    # auto, cpu or cuda
+    device: str = "auto"
+    # folder for the distilled file, its picture, the checkpoint and results.jsonl
+    out: str = "out"
+    # iterations of the distillation
+    iterations: int = 1000
+    # networks trained for the score
+    runs: int = 5
+    # epochs of each of them; 0: the protocol's
+    epochs: int = 0
+    # score one network every so many iterations; 0: at the end only
+    eval_every: int = 0
+
+    whitening = "zca"  # the kind of Preprocess
+
+    @property
+    def per_class(self):
+        """Images a class; bases in HaBa."""
+        return self.bpc if hasattr(self, "bpc") else self.ipc
 
 
-def hash_int(key):
-    """A 63-bit integer that depends on repr(key) alone (Python's own hash differs from process to process)."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
 
 
-def seeded(key, build, *args, **kwargs):
-    """build(*args, **kwargs) with torch's global generator seeded by `key` meanwhile: how networks start."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(hash_int(key))
-        return build(*args, **kwargs)
+def parse_args(cls, presets, argv=None):
+    """Make flags from the dataclass `cls`. A flag beats a preset, a preset beats the default.
+
+    presets: {(data set, images a class): settings}. A budget without a preset takes the nearest in
+    ratio; a data set without one takes CIFAR-10's, but no whitening. Raises UserError.
+    """
+    description = inspect.getmodule(cls).__doc__.partition("\n")[0]
+    parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [--flag value]")
+    source = "".join(inspect.getsource(base) for base in cls.__mro__[-2::-1])
+    helps = {name: text for text, name in re.findall(r"# (.*)\n +(\w+): ", source)}
+    flags = {"--" + name.replace("_", "-"): text for name, text in helps.items()}
+    kinds = {field.name: field.type for field in fields(cls)}
+    for (flag, text), name in zip(flags.items(), helps, strict=True):
+        choices, several = get_args(kinds[name]), kinds[name] is tuple
+        options = {"type": int if several else kinds[name], "nargs": "*" if several else None}
+        if choices:
+            options = {"type": type(choices[0]), "choices": choices}
+        if kinds[name] is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        near = difflib.get_close_matches(word, flags, 1, 0.7)
+        hint = f"did you mean {near[0]} ({flags[near[0]]})?" if near else "see --help"
+        raise UserError(f"unknown argument {word}: {hint}")
+    given = vars(known)
+    for name, value in given.items():
+        # Counts start at 1, unless 0 is their default or asks for no iterations.
+        default = getattr(cls, name)
+        least = 1 if type(default) is int and default > 0 and name != "iterations" else 0
+        if isinstance(value, int | float) and not least <= value <= 1e30:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use {least} or more")
+
+    args = cls(**given)
+    name = pathlib.Path(args.dataset).name
+    presets = presets(args) if callable(presets) else presets
+    own = any(dataset == name for dataset, _ in presets)
+    rows = [key for key in presets if key[0] == (name if own else "cifar10")]
+    preset = dict(presets[min(rows, key=lambda key: abs(math.log(args.per_class / key[1])))])
+    if not own:
+        preset["zca"] = False
+    args = cls(**(preset | given))
+    print(json.dumps(asdict(args)), flush=True)
+    return args
 
 
-def pick_device(name):
-    """The torch.device for --device; "auto" is a CUDA GPU where there is one. Raises UserError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def run(main):
+    """Call main(). Invalid input ends with one line and status 2, Ctrl-C with status 130."""
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} cannot be used here: take --device cpu or cuda") from None
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = True  # convolutions alone: whitening and ridge regression stay float32
-        torch.backends.cudnn.benchmark = True
-    return device
+        return main()
+    except UserError as error:
+        message, status = error, 2
+    except KeyboardInterrupt as stop:
+        message, status = str(stop) or "stopped: the same command continues", 130
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        message, status = "out of memory: use fewer images a class", 2
+    print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
-def chunk_size(images):
-    """How many of images (..., h, w) to push through a network at once. The ConvNet's norm does not mix images, so a
-    gradient over a batch is the sum over chunks, exactly; on a CPU chunks that stay in the cache are 2.5 times faster."""
-    return max(1, (32 if images.device.type == "cpu" else 4096) * 1024 // max(1024, images.shape[-1] * images.shape[-2]))
+# ------------------------------------------------------------ random numbers, device
+
+
+def hash_int(*key):
+    """A 63-bit integer that depends on repr(key) only."""
+    return int(hashlib.sha256(repr(key).encode()).hexdigest()[:16], 16) >> 1
+
+
+def seed(*key):
+    """Seed torch's generators, on all devices, by `key`."""
+    torch.manual_seed(hash_int(*key))
 
 
 def autocast(device):
-    """bfloat16 convolutions where the CPU has the instructions (1.9 times faster); float32, or TF32, elsewhere."""
-    fast = torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast("cpu", torch.bfloat16) if fast else contextlib.nullcontext()
+    """bfloat16 on a CPU with instructions for it (1.9 times as fast), else nothing."""
+    enabled = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
 
-# ------------------------------------------------------------------------------------------ data
+# ------------------------------------------------------------ data
 
-STATS = {  # mean and standard deviation per channel, as published with MTT and DM (the README's "Protocols")
-    "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010)),
-    "cifar100": ((.5071, .4866, .4409), (.2673, .2564, .2762)),
-    "svhn": ((.4377, .4438, .4728), (.1980, .2010, .1970)),
-    "mnist": ((.1307,), (.3081,)),
-    "fashionmnist": ((.2861,), (.3530,)),
+STATS = {  # torchvision's name; mean and deviation of each channel, as in the code of MTT and DM
+    "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ("CIFAR100", (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ("SVHN", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "mnist": ("MNIST", (0.1307,), (0.3081,)),
+    "fashionmnist": ("FashionMNIST", (0.2861,), (0.3530,)),
 }
-NO_FLIP = ("mnist", "fashionmnist", "svhn")  # by the authors' custom: digits change their meaning in a mirror
 
 
-@dataclasses.dataclass
+@dataclass
 class Dataset:
-    """A data set on the device. `train` and `test` are preprocessed float32 images, labels are int64."""
+    """Network inputs on the device, float32 (n, c, h, w); labels are int64 (n,)."""
+
     name: str
     classes: list
     train: torch.Tensor
@@ -102,1248 +184,810 @@ class Dataset:
     test_labels: torch.Tensor
     preprocess: "Preprocess"
 
-    @property
-    def flip(self):
-        """Whether an image and its mirror image mean the same: DSA flips only then."""
-        return self.name not in NO_FLIP
+    def __post_init__(self):
+        self.shape = tuple(self.train.shape[1:])
+        self.device = self.train.device
+        self.flip = self.name not in ("mnist", "svhn")  # whether a mirrored image keeps its label
 
-    @property
-    def shape(self):
-        """(channels, height, width) of one image."""
-        return tuple(self.train.shape[1:])
+    @cached_property
+    def indices_by_class(self):
+        """Training indices (C, size of the largest class); smaller classes end with -1."""
+        indices = [torch.nonzero(self.train_labels == c)[:, 0] for c in range(len(self.classes))]
+        return nn.utils.rnn.pad_sequence(indices, batch_first=True, padding_value=-1)
 
-    @property
-    def device(self):
-        return self.train.device
+    @cached_property
+    def smallest_class(self):
+        return (self.indices_by_class >= 0).sum(1).min().item()
 
-    def random_real(self, per_class, *key):
-        """`per_class` random training images of every class -> images (C * per_class, c, h, w), labels, in
-        class order. Raises UserError where a class has fewer."""
-        order = torch.randperm(len(self.train), generator=rng(*key)).to(self.device)
-        chosen = []
-        for label, name in enumerate(self.classes):
-            of_class = order[self.train_labels[order] == label]
-            if not 1 <= per_class <= len(of_class):
-                raise UserError(f"{per_class} images a class were asked for, but class {name!r} of {self.name} "
-                                f"has {len(of_class)}: choose a number from 1 to that")
-            chosen.append(of_class[:per_class])
-        index = torch.cat(chosen)
-        return self.train[index].clone(), self.train_labels[index]
+    def sample(self, per_class, *key):
+        """Different training images, class after class -> images (C * per_class, ...), labels."""
+        if per_class > self.smallest_class:
+            n = self.smallest_class
+            raise UserError(f"a class of {self.name} has {n} images: {per_class} are too many")
+        seed(*key)
+        order = torch.rand(self.indices_by_class.shape, device=self.device)
+        order = order.masked_fill(self.indices_by_class < 0, -1).topk(per_class).indices
+        index = self.indices_by_class.gather(1, order).flatten()
+        return self.train[index], self.train_labels[index]
+
+    def batch(self, size, *key):
+        """Training images drawn with replacement -> images (size, ...), labels."""
+        seed(*key)
+        index = torch.randint(len(self.train), (size,), device=self.device)
+        return self.train[index], self.train_labels[index]
 
 
-def load_dataset(name, data_dir="data", zca=False, size=None, device="cpu"):
-    """Load a data set by name or path and preprocess it -> Dataset.
+def load_dataset(args, name=None, kind=None):
+    """Load `name` (default: args.dataset) and preprocess it -> Dataset. kind: see Preprocess.
 
-    zca: False, True (MTT, HaBa) or "trace" (FRePo, translator), see Preprocess.
-
-    `name` is glyphs (drawn here), a folder with train/<class>/* and test/<class>/* or val/<class>/* (a path, or
-    a name under data_dir), or cifar10, cifar100, svhn, mnist, fashionmnist (torchvision downloads on first use).
-    Raises UserError for an unknown name, an unreadable folder or image, or images of several sizes."""
-    folder = next((p for p in (pathlib.Path(name), pathlib.Path(data_dir) / name) if (p / "train").is_dir()), None)
+    glyphs, a data set of torchvision, or a folder, given by its path or by its name in data_dir,
+    with train/<class>/* and test/<class>/* (or val/). Raises UserError.
+    """
+    name, kind = name or args.dataset, kind or (args.whitening if args.zca else "standardize")
+    places = (pathlib.Path(name), pathlib.Path(args.data_dir) / name)
+    folder = next((place for place in places if (place / "train").is_dir()), None)
     if name == "glyphs":
-        arrays = draw_glyphs(500, 0) + draw_glyphs(100, 1) + (list(GLYPHS),)
-    elif folder is not None:
-        arrays, name = read_folder(folder, size), folder.resolve().name
-    elif pathlib.Path(name).is_dir() or (pathlib.Path(data_dir) / name).is_dir() and name not in STATS:
-        raise UserError(f"folder {name} has no train/ in it: put pictures in train/<class>/ and test/<class>/")
-    elif name in STATS:
-        arrays = read_torchvision(name, data_dir)
+        arrays = [*draw_glyphs(100, 0)[:2], *draw_glyphs(100, 1)]
+    elif folder or name in STATS:
+        arrays = read_images(name, folder, args)
     else:
-        raise UserError(f"unknown data set {name!r}: take glyphs, {', '.join(STATS)}, or a folder with "
-                        "train/<class>/ and test/<class>/ in it")
-    train, train_labels, test, test_labels, classes = arrays
-    if train.shape[2] != train.shape[3] or not 16 <= train.shape[2] <= 256:
-        raise UserError(f"{name} has images of {train.shape[3]}x{train.shape[2]} pixels; networks take squares of "
-                        "16 to 256: add --size 32 (or 64, 128)")
-    train, test = train.to(device), test.to(device)
-    preprocess = Preprocess.fit(name, train, zca, data_dir)
-    train, test = (preprocess.kept(pixels, data_dir) for pixels in (train, test))
-    return Dataset(name, list(classes), train, train_labels.to(device), test, test_labels.to(device), preprocess)
-
-
-def read_torchvision(name, data_dir):
-    """uint8 train images, labels, test images, labels, class names through torchvision. Raises UserError."""
-    import torchvision
-    kind = getattr(torchvision.datasets, {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN",
-                                          "mnist": "MNIST", "fashionmnist": "FashionMNIST"}[name])
-    arrays = ()
-    for train in (True, False):
-        where = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
-        try:
-            part = kind(data_dir, download=True, **where)
-        except ModuleNotFoundError:
-            raise UserError("torchvision reads SVHN with scipy, which is not installed: pip install scipy") from None
-        except Exception as error:  # no network, a broken archive, no room: torchvision raises many kinds
-            raise UserError(f"{name} could not be read or downloaded into {data_dir} ({str(error).splitlines()[0]}): "
-                            "check --data-dir and the network") from None
-        images, labels = torch.as_tensor(part.data), torch.as_tensor(getattr(part, "targets", getattr(part, "labels", None)))
-        if images.ndim == 3:
-            images = images[:, None]
-        elif images.shape[-1] == 3:
-            images = images.permute(0, 3, 1, 2)
-        arrays += images.contiguous(), labels.long()
-    return arrays + (getattr(part, "classes", [str(c) for c in range(10)]),)
-
-
-def read_folder(folder, size=None):
-    """Decode train/<class>/* and test/<class>/* (or val/) once; later runs read a uint8 cache beside them.
-    -> as read_torchvision. `size` scales the short side and crops the middle. Raises UserError."""
-    splits = [folder / "train", next((folder / s for s in ("test", "val") if (folder / s).is_dir()), None)]
-    if splits[1] is None:
-        raise UserError(f"{folder} has no test/ and no val/ beside train/: put held-out pictures there")
-    classes, others = (sorted(entry.name for entry in os.scandir(split) if entry.is_dir()) for split in splits)
-    if len(classes) < 2:
-        raise UserError(f"{splits[0]} holds {len(classes)} class folders and two are the least: one folder a class")
-    for odd in sorted({*classes} ^ {*others}):
-        has, lacks = splits if odd in classes else reversed(splits)
-        raise UserError(f"class {odd!r} is in {has} but not in {lacks}: add its pictures there, or remove it")
-    files, labels, stored_bytes, stamp = [], [[], []], 0, hashlib.sha256(repr((size, classes)).encode())
-    for split in (0, 1):
-        for label, name in enumerate(classes):
-            entries = sorted(os.scandir(splits[split] / name), key=lambda entry: entry.name)
-            entries = [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
-            if not entries:
-                raise UserError(f"{splits[split] / name} has no pictures in it: add some or remove the folder")
-            for entry in entries:
-                info = entry.stat()
-                stamp.update(f"{split} {entry.name} {info.st_size} {info.st_mtime_ns}".encode())
-                stored_bytes += info.st_size
-            files += [entry.path for entry in entries]
-            labels[split] += [label] * len(entries)
-    cache, stamp = folder / f".cache_{size or 'as_is'}.pt", stamp.hexdigest()
-    with contextlib.suppress(Exception):  # a cache that cannot be read is made anew
-        stored = torch.load(cache, weights_only=True, mmap=True)
-        if stored["stamp"] == stamp:
-            return *(stored[k].clone() for k in ("train", "train_labels", "test", "test_labels")), classes
-    # Threads help with photographs, whose decoders let go of Python's lock; with thumbnails they fight for it (3 x slower).
-    from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor() as pool:
-        run = pool.map if stored_bytes > 20_000 * len(files) else map
-        decoded = list(run(lambda path: decode(path, size), files))
-    sizes = {image.shape[:2] for image, _ in decoded}
-    if len(sizes) > 1:
-        raise UserError(f"the pictures in {folder} have {len(sizes)} sizes: add --size 32 (or 64, 128)")
-    images = torch.from_numpy(np.stack([image for image, _ in decoded])).permute(0, 3, 1, 2)
-    images = images[:, :1] if all(grey for _, grey in decoded) else images  # any picture in colour: all in colour
-    images, n = images.contiguous(), len(labels[0])
-    arrays = images[:n].clone(), torch.tensor(labels[0]), images[n:].clone(), torch.tensor(labels[1])
-    with contextlib.suppress(UserError):  # a read-only folder works too, without a cache
-        save(dict(zip(("train", "train_labels", "test", "test_labels"), arrays), stamp=stamp), cache)
-    return *arrays, classes
-
-
-def decode(path, size=None):
-    """A picture as (uint8 array (h, w, 3), whether it is grey). Raises UserError where it cannot be read."""
-    from PIL import Image, ImageOps
+        known = ", ".join(["glyphs", *STATS])
+        raise UserError(f"no data set {name}: use {known}, or a folder with train/ and test/")
+    name = folder.resolve().name if folder else name
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        with Image.open(path) as picture:
-            grey = picture.mode in ("1", "L", "LA", "I", "I;16", "F")
-            picture = picture.convert("RGB")
-            if size:
-                picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-            return np.asarray(picture), grey
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise UserError(f"{path} is not a picture that can be read: remove or replace it") from None
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device} is not available: use --device cpu") from None
+    torch.backends.cudnn.benchmark = True  # by torch's defaults, convolutions alone use TF32
+    train, train_labels, test, test_labels = (array.to(device) for array in arrays[:4])
+    height, width = train.shape[2:]
+    if height != width or not 16 <= height <= 256:
+        raise UserError(f"{name} has images of {width}x{height}: add --size 32 (or 64, 128)")
+    preprocess = Preprocess.fit(name, train, kind, args.data_dir)
+    train, test = preprocess(train), preprocess(test)
+    return Dataset(name, arrays[4], train, train_labels, test, test_labels, preprocess)
 
 
-GLYPHS = ("disc", "ring", "square", "frame", "triangle", "plus", "star", "crescent", "ell", "bars")
+def read_images(name, folder, args):
+    """Read a folder or a torchvision data set -> [pixels, labels, test pixels, labels, classes].
+
+    A folder is decoded once; later runs read a uint8 cache in it.
+    """
+    try:
+        if folder:
+            splits = ("train", "test" if (folder / "test").is_dir() else "val")
+            parts = [torchvision.datasets.ImageFolder(folder / split) for split in splits]
+            files = [path for part in parts for path, _ in part.samples]
+            stamp = hash_int([(path, os.stat(path).st_mtime_ns) for path in files])
+            cache = folder / f".cache_{args.size}.pt"
+            with contextlib.suppress(Exception):  # a missing or broken cache is made anew
+                stored = torch.load(cache, weights_only=True)
+                if stored["stamp"] == stamp:
+                    return stored["arrays"]
+        else:
+            build = partial(getattr(torchvision.datasets, STATS[name][0]), args.data_dir)
+            splits = ("train", "test") if name == "svhn" else (True, False)
+            parts = [build(split, download=True) for split in splits]
+        arrays = []
+        for part in parts:
+            images, labels = zip(*part, strict=True)
+            if folder and args.size:
+                images = [ImageOps.fit(image, (args.size, args.size)) for image in images]
+            pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+            gray = pixels.ndim == 3
+            pixels = pixels[:, None] if gray else pixels.permute(0, 3, 1, 2).contiguous()
+            arrays += [pixels, torch.tensor(labels)]
+    except ValueError:
+        raise UserError(f"images in {name} differ in size: add --size 32 (or 64, 128)") from None
+    except (OSError, RuntimeError, SyntaxError, ImportError) as error:
+        raise UserError(f"{name} cannot be read: {str(error).partition('. ')[0]}") from None
+    classes, held_out = (list(getattr(part, "classes", "0123456789")) for part in parts)
+    if len(classes) < 2 or classes != held_out:
+        raise UserError(f"{name} needs the same two or more classes in train/ and {splits[1]}/")
+    if folder:
+        with contextlib.suppress(UserError):  # a read-only folder works without a cache
+            save({"stamp": stamp, "arrays": [*arrays, classes]}, cache)
+    return [*arrays, classes]
+
+
+GLYPHS = {"triangle": 3, "square": 4, "diamond": 4, "hexagon": 6, "disc": 32}  # number of sides
 
 
 def draw_glyphs(per_class, split):
-    """A small data set that needs no download: uint8 images (10 * per_class, 3, 32, 32) and labels.
+    """A data set that needs no download -> uint8 pixels (10 * per_class, 3, 32, 32), labels, names.
 
-    One shape of GLYPHS an image, with random place, scale, rotation and colours, over a shaded background with
-    pieces of other shapes at the border, and noise. `split` 0 and 1 draw different images. The shapes are signed
-    distances to outlines (negative inside), so that all images are drawn at once."""
-    n, g = 10 * per_class, rng("glyphs", split)
-    labels = torch.arange(10).repeat_interleave(per_class)
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=g)
-
-    axis = (torch.arange(32) - 15.5) / 16
-    y, x = axis.view(1, 32, 1).expand(n, 32, 32), axis.view(1, 1, 32).expand(n, 32, 32)
-
-    def shape_mask(kind, cx, cy, scale, angle):
-        """Coverage in [0, 1] of glyph kind[i] in image i, (n, 32, 32)."""
-        c, s = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
-        dx, dy, scale = x - cx.view(-1, 1, 1), y - cy.view(-1, 1, 1), scale.view(-1, 1, 1)
-        u, v = (c * dx + s * dy) / scale, (c * dy - s * dx) / scale
-        r, box = (u * u + v * v).sqrt(), torch.maximum(u.abs(), v.abs())
-        polar = torch.atan2(u, v)
-        wedge = (polar + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5  # angle from the nearest of 5 star points
-        distance = torch.stack([
-            r - .9,                                                               # disc
-            (r - .72).abs() - .2,                                                 # ring
-            box - .8,                                                             # square
-            (box - .68).abs() - .18,                                              # frame
-            torch.maximum(v - .6, (.866 * u.abs() - .5 * v) - .55),               # triangle
-            torch.maximum(torch.minimum(u.abs(), v.abs()) - .24, box - .9),       # plus
-            r * wedge.abs().cos() * .5 + r * wedge.abs().sin() * 1.1 - .5,        # star
-            torch.maximum(r - .9, .75 - ((u - .45) ** 2 + v * v).sqrt()),         # crescent
-            torch.maximum(box - .85, torch.minimum(u + .3, .3 - v) * 1.0),        # ell
-            torch.maximum(box - .85, .22 - u.abs()),                              # bars
-        ])
-        chosen = distance[kind, torch.arange(n)]
-        return (.5 - chosen * scale * 16).clamp(0, 1)
-
-    ramp = (x * uniform(-1, 1, 1, 1) + y * uniform(-1, 1, 1, 1))[:, None]
-    image = uniform(.1, .9, 3, 1, 1) + .25 * ramp * uniform(-1, 1, 3, 1, 1)
-    image = image + F.interpolate(uniform(-.15, .15, 3, 5, 5), size=32, mode="bilinear")
-    for _ in range(2):  # neighbours, mostly outside the image
-        around, far = uniform(0, 2 * math.pi), uniform(.95, 1.2)
-        other = shape_mask(torch.randint(0, 10, (n,), generator=g), far * around.cos(), far * around.sin(),
-                           uniform(.25, .4), uniform(0, 2 * math.pi))[:, None]
-        image = image * (1 - other) + uniform(0, 1, 3, 1, 1) * other
-    colour = uniform(0, 1, 3, 1, 1)
-    behind = image.mean((2, 3), keepdim=True)
-    lift = torch.where(behind.mean(1, keepdim=True) > .5, -.4, .4)  # enough contrast to be seen
-    colour = torch.where((colour - behind).abs().mean(1, keepdim=True) < .25, (behind + lift), colour)
-    mask = shape_mask(labels, uniform(-.3, .3), uniform(-.3, .3), uniform(.4, .7), uniform(-.6, .6))[:, None]
-    image = image * (1 - mask) + colour * mask
-    image = image + .08 * torch.randn(n, 3, 32, 32, generator=g)
-    return (image.clamp(0, 1) * 255).round().byte(), labels
+    One glyph an image, filled or as an outline, of random place, size, angle and color, with noise.
+    """
+    random, pixels = np.random.default_rng([7, split]), []
+    names = [f"{style} {name}" for name in GLYPHS for style in ("filled", "hollow")]
+    for style, name in [label.split() for label in names]:
+        for _ in range(per_class):
+            mask = Image.new("L", (96, 96))
+            circle = (*random.uniform(36, 60, 2), random.uniform(24, 36))
+            turn = random.uniform(-15, 15) + 45 * (name == "diamond")
+            width = 10 if style == "hollow" else 48
+            ImageDraw.Draw(mask).regular_polygon(circle, GLYPHS[name], turn, None, 255, width)
+            mask = np.asarray(mask.resize((32, 32), Image.BOX))[..., None] / 255
+            ground, step = random.uniform(0, 1, 3), random.uniform(0.3, 0.7, 3)
+            image = ground + mask * ((ground + step) % 1 - ground)
+            image = image + random.normal(0, 0.05, image.shape)
+            pixels.append((image.clip(0, 1) * 255).astype(np.uint8))
+    pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+    return pixels, torch.arange(10).repeat_interleave(per_class), names
 
 
-@dataclasses.dataclass
+@dataclass
 class Preprocess:
-    """Pixels to what networks see, and back. `fingerprint` depends on the kind, its constants and the training
-    pixels, not on their order: two files fit together when it is equal. kind is
-    "standardise": (x - mean) / std, per channel;
-    "zca" (MTT, HaBa): (x - mean image) W, W = U diag(1 / sqrt(s + 0.1)) U^T for the covariance U diag(s) U^T;
-    "zca-trace" (FRePo): the same for standardised pixels, with 0.1 * the mean of s in place of 0.1."""
+    """Pixels to network inputs and back.
+
+    kind: "standardize": (x - mean) / std per channel. "zca" (MTT, HaBa): (x - mean image) W, with
+    W = U diag(1 / sqrt(s + 0.1)) U^T for the covariance U diag(s) U^T. "zca-trace" (FRePo): the
+    same on standardized pixels, with 0.1 mean(s) in place of 0.1.
+    """
+
     kind: str
-    fingerprint: str
-    mean: torch.Tensor  # (c, 1, 1) when standardising, the mean image (c, h, w) with ZCA
-    std: torch.Tensor   # (c, 1, 1); None with ZCA
-    whiten: torch.Tensor = None  # (d, d), d = c * h * w, to the right of the images as rows: W, or diag(1 / std) W
+    fingerprint: str  # of kind and training pixels: two files fit together if it is equal
+    mean: torch.Tensor  # (c, 1, 1), or with ZCA the mean image
+    std: torch.Tensor  # (c, 1, 1)
+    whiten: torch.Tensor = None  # W (d, d)
     restore: torch.Tensor = None  # its inverse
 
-    ZCA_RIDGE = 0.1
-
     @classmethod
-    def fit(cls, name, pixels, zca, data_dir):
-        """Fit to uint8 training pixels (n, c, h, w); a ZCA matrix is kept under data_dir for the next run."""
-        sums = [torch.zeros(pixels.shape[1:], dtype=torch.float64, device=pixels.device) for _ in range(2)]
-        for part in pixels.split(256):  # 256 * 255^2 < 2^24: sums of integers are exact in float32, whatever the order
-            x = part.float()
-            sums[0] += x.sum(0)
-            sums[1] += x.square_().sum(0)
-        constants = cls.ZCA_RIDGE if zca is True else STATS.get(name)
-        kind = "zca-trace" if zca == "trace" else "zca" if zca else "standardise"
-        digest = hashlib.sha256(repr((kind, constants, len(pixels))).encode())
-        for total in sums:
-            digest.update(total.cpu().numpy().tobytes())
-        fingerprint = f"{kind}-{digest.hexdigest()[:16]}"
-        n, device = len(pixels), pixels.device
-        if constants is None:  # data of the user's own: measured
-            mean = sums[0].mean((1, 2)) / n / 255
-            std = (sums[1].mean((1, 2)) / n / 255 ** 2 - mean ** 2).clamp_min(1e-4).sqrt()
-            constants = mean.tolist(), std.tolist()
-        if not zca:
-            mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in constants)
+    def fit(cls, name, pixels, kind, data_dir):
+        """Fit to uint8 training pixels. ZCA matrices are cached. Raises UserError."""
+        total = pixels.sum(0, dtype=torch.int64)
+        fingerprint = f"{kind}-{hash_int(len(pixels), total.flatten().tolist()):016x}"
+        if name in STATS:
+            mean, std = torch.tensor(STATS[name][1:], device=pixels.device)[..., None, None]
+        else:
+            std, mean = torch.std_mean(pixels / 255, (0, 2, 3), keepdim=True)
+            std, mean = std[0].clamp_min(0.01), mean[0]
+        if kind == "standardize":
             return cls(kind, fingerprint, mean, std)
+
+        if total.numel() > 3 * 64 * 64:
+            raise UserError(f"images of {name} are too large to whiten: add --no-zca")
         cache = pathlib.Path(data_dir) / ".cache" / f"{fingerprint}.pt"
-        with contextlib.suppress(Exception):
-            stored = torch.load(cache, map_location=device, weights_only=True)
-            return cls(kind, fingerprint, stored["mean"], None, stored["whiten"], stored["restore"])
-        mean = (sums[0] / n / 255)
-        centred = ((part / 255 - mean.float()).flatten(1).double() for part in pixels.split(4096))
-        covariance = sum(x.T @ x for x in centred) / (n - 1)
-        std = torch.ones(len(covariance), dtype=torch.float64, device=device)
-        if kind == "zca-trace":
-            std = torch.tensor(constants[1], device=device).double().repeat_interleave(len(std) // len(constants[1]))
-        values, vectors = torch.linalg.eigh(covariance / std / std[:, None])
-        ridge = cls.ZCA_RIDGE * (values.mean() if kind == "zca-trace" else 1)
+        with contextlib.suppress(Exception):  # a missing or broken cache is made anew
+            return cls(kind, fingerprint, *torch.load(cache, pixels.device, weights_only=True))
+        std = std if kind == "zca-trace" else torch.ones_like(std)
+        mean = (total / len(pixels) / 255).float()
+        x = ((pixels / 255 - mean) / std).flatten(1)
+        values, vectors = torch.linalg.eigh((x.T @ x).double() / (len(x) - 1))
+        ridge = 0.1 * values.mean() if kind == "zca-trace" else 0.1
         scale = (values.clamp_min(0) + ridge).sqrt()
-        whiten, restore = (vectors / scale @ vectors.T) / std[:, None], (vectors * scale @ vectors.T) * std
-        stored = {"mean": mean.float().cpu(), "whiten": whiten.float().cpu(), "restore": restore.float().cpu()}
-        with contextlib.suppress(UserError):
-            save(stored, cache)
-        return cls(kind, fingerprint, mean.float(), None, whiten.float(), restore.float())
+        matrices = (vectors / scale @ vectors.T).float(), (vectors * scale @ vectors.T).float()
+        save([tensor.cpu() for tensor in (mean, std, *matrices)], cache)
+        return cls(kind, fingerprint, mean, std, *matrices)
 
     def __call__(self, pixels):
-        """Pixels (n, c, h, w), uint8 or floats in [0, 1] -> preprocessed float32 images."""
-        top = 1 if pixels.is_floating_point() else 255
-        images = torch.empty(pixels.shape, device=pixels.device)
-        for part, p in zip(images.split(1024), pixels.split(1024)):  # what lies in between stays in the cache
-            if self.kind == "standardise":
-                torch.div(p / top - self.mean, self.std, out=part)
-            else:
-                torch.mm((p / top - self.mean).flatten(1), self.whiten, out=part.flatten(1))
-        return images
-
-    def kept(self, pixels, data_dir):
-        """self(pixels); on a CPU, where whitening takes seconds, from or to a file of float32 under data_dir."""
-        if self.kind == "standardise" or pixels.is_cuda:
-            return self(pixels)
-        digest = hashlib.sha256(pixels.numpy()).hexdigest()[:16]  # the order of the images counts here
-        cache = pathlib.Path(data_dir) / ".cache" / f"{self.fingerprint}_{digest}.float32"
-        with contextlib.suppress(OSError, ValueError):
-            return torch.from_numpy(np.memmap(cache, np.float32, "c", shape=tuple(pixels.shape)))
-        images = self(pixels)
-        with contextlib.suppress(UserError):
-            write(images.numpy(), cache)
+        """Pixels (n, c, h, w), uint8 or floats in [0, 1] -> network inputs, float32."""
+        pixels = pixels if pixels.is_floating_point() else pixels / 255
+        images = (pixels - self.mean) / self.std
+        if self.whiten is not None:
+            images = (images.flatten(1) @ self.whiten).view_as(images)
         return images
 
     def undo(self, images):
-        """Preprocessed images -> pixels in [0, 1] (not clamped): for pictures."""
-        if self.kind == "standardise":
-            return images * self.std + self.mean
-        return (images.flatten(1) @ self.restore).view_as(images) + self.mean
+        """Network inputs -> pixels in [0, 1], not clamped."""
+        if self.restore is not None:
+            images = (images.flatten(1) @ self.restore).view_as(images)
+        return images * self.std + self.mean
 
 
-# ------------------------------------------------------------------------------------------ DSA
-
-DSA = ("colour", "crop", "cutout", "flip", "scale", "rotate")
+# ------------------------------------------------------------ augmentation
 
 
-def draw_dsa(count, *key, device="cpu", flip=True, names=DSA):
-    """One draw of DSA for a batch -> (transform's name, u): u (count, 3) uniform in [0, 1), one row an image;
-    count=1 shares the parameters over the batch, which is the Siamese form. Same key, same draw."""
-    names = names if flip else tuple(name for name in names if name != "flip")
-    name = names[hash_int((*key, "transform")) % len(names)]
-    return name, torch.rand(count, 3, generator=rng(*key, device=device), device=device)
+def dsa(images, flip, *key, shared=False):
+    """Differentiable augmentation (DSA, Zhao & Bilen 2021): one random transform a batch.
+
+    Each image draws parameters of its own; shared: all have the same, as in the Siamese form, where
+    two batches with the same key get the same transform. flip: whether mirroring is allowed.
+    """
+    names = ("color", "crop", "cutout", "scale", "rotate") + ("flip",) * flip
+    seed(*key)
+    u = torch.rand(1 if shared else len(images), 3, device=images.device)
+    return transform(images, names[hash_int(*key) % len(names)], u)
 
 
-def dsa(images, name, u):
-    """Differentiable augmentation (DSA, Zhao & Bilen 2021): transform `name` with parameters u (n or 1, 3) from
-    draw_dsa, applied to images (n, c, h, w); ranges as in the README. Gradients reach the images."""
-    n, _, h, w = images.shape
-    if name == "flip":
-        return torch.where(u[:, 0].view(-1, 1, 1, 1) < .5, images.flip(3), images)
-    if name == "colour":
-        brightness, saturation, contrast = (u[:, i].view(-1, 1, 1, 1) for i in range(3))
-        images = images + (brightness - .5)
-        grey = images.mean(1, keepdim=True)
-        images = grey + (images - grey) * 2 * saturation
-        level = images.mean((1, 2, 3), keepdim=True)
-        return level + (images - level) * (contrast + .5)
-    rows, columns = torch.arange(h, device=u.device), torch.arange(w, device=u.device)
-    if name == "cutout":  # the square's centre is anywhere in the image
-        top, left = (u[:, 0] * (h + 1)).floor() - h // 4, (u[:, 1] * (w + 1)).floor() - w // 4
-        in_rows = (rows >= top[:, None]) & (rows < top[:, None] + h // 2)
-        in_columns = (columns >= left[:, None]) & (columns < left[:, None] + w // 2)
-        return images * ~(in_rows[:, None, :, None] & in_columns[:, None, None, :])
-    if name in ("crop", "translate"):  # shift by whole pixels, zeros outside
-        reach = round(h * .125)
-        down, right = ((u[:, i] * (2 * reach + 1)).floor().long() - reach for i in range(2))
-        padded = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1)
-        which = torch.arange(n, device=u.device).view(-1, 1, 1)
-        return padded[which, (rows + reach + down[:, None])[:, :, None],
-                      (columns + reach + right[:, None])[:, None, :]].permute(0, 3, 1, 2).contiguous()
-    zero = torch.zeros_like(u[:, 0])
-    if name == "scale":
-        sx, sy = (1 / 1.2 + u[:, i] * (1.2 - 1 / 1.2) for i in range(2))
-        matrix = torch.stack([sx, zero, zero, zero, sy, zero], 1)
-    elif name == "rotate":
-        angle = (u[:, 0] - .5) * 2 * math.radians(15)
-        matrix = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], 1)
-    else:
-        raise ValueError(f"unknown transform {name!r}")
-    grid = F.affine_grid(matrix.view(-1, 2, 3).to(images.dtype).expand(n, 2, 3), images.shape, align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+def transform(images, name, u):
+    """Apply a transform of DSA with parameters u (n or 1, 3), uniform in [0, 1)."""
+    side = images.shape[-1]
+    if name == "color":  # brightness +-0.5, saturation 0 .. 2, contrast 0.5 .. 1.5
+        return adjust_color(images, u[:, 0] - 0.5, u[:, 1] * 2, u[:, 2] + 0.5)
+    if name == "flip":  # with p = 0.5
+        return torch.where(u[:, 0].view(-1, 1, 1, 1) < 0.5, images.flip(3), images)
+    if name == "cutout":  # a square of half the side, centered anywhere
+        return cut(images, (u[:, :2] * (side + 1)).floor() - side // 4, side // 2)
+    if name == "crop":  # shift by up to 1/8 of the side, in pixels, zeros outside
+        reach = round(side / 8)
+        x, y = 2 / side * ((u[:, :2] * (2 * reach + 1)).floor() - reach).T
+        return warp(images, 1, 0, 0, 1, x, y)
+    if name == "scale":  # 1/1.2 .. 1.2 an axis
+        sx, sy = (1 / 1.2 + u[:, :2] * (1.2 - 1 / 1.2)).T
+        return warp(images, sx, 0, 0, sy)
+    angle = (u[:, 0] - 0.5) * math.radians(30)  # +-15 degrees
+    return warp(images, angle.cos(), -angle.sin(), angle.sin(), angle.cos())
 
 
-# ------------------------------------------------------------------------------------------ the ConvNet
+def frepo_augment(images, flip, *key, scale=False):
+    """FRePo's augmentation for scoring: one transform a batch, parameters an image. Not DSA's.
+
+    scale: allow scaling, as in the authors' PyTorch branch, which the translator follows.
+    """
+    names = ("color", "crop", "translate", "cutout", "rotate") + ("flip",) * flip
+    names += ("scale",) * scale
+    name, side = names[hash_int(*key) % len(names)], images.shape[-1]
+    seed(*key)
+    u = torch.rand(len(images), 3, device=images.device)
+    a, b, c = (2 * u - 1).T
+    if name == "color":  # brightness +-0.25, saturation and contrast exp(+-0.25)
+        return adjust_color(images, a / 4, (b / 4).exp(), (c / 4).exp())
+    if name == "crop":  # zoom 0.8 .. 1.25
+        zoom = 1.025 + 0.225 * a
+        return warp(images, zoom, 0, 0, zoom, padding="border")
+    if name == "translate":  # by up to 1/8 of the side, edges repeated
+        return warp(images, 1, 0, 0, 1, a / 4, b / 4, padding="border")
+    if name == "cutout":  # a square of a quarter of the side, inside
+        return cut(images, (u[:, :2] * (side - side // 4 + 1)).floor(), side // 4)
+    return transform(images, name, u)
+
+
+def adjust_color(images, brightness, saturation, contrast):
+    """Add brightness, scale around the gray image, then around the mean; parameters (n,)."""
+    images = images + brightness.view(-1, 1, 1, 1)
+    gray = images.mean(1, keepdim=True)
+    images = gray + (images - gray) * saturation.view(-1, 1, 1, 1)
+    level = images.mean((1, 2, 3), keepdim=True)
+    return level + (images - level) * contrast.view(-1, 1, 1, 1)
+
+
+def cut(images, corner, side):
+    """Set a square to 0, its top left corner (n, 2) given in pixels."""
+    pixel = torch.arange(images.shape[-1], device=images.device)
+    inside = (pixel >= corner[..., None]) & (pixel < corner[..., None] + side)  # (n, 2, h)
+    return images * ~(inside[:, 0, None, :, None] & inside[:, 1, None, None, :])
+
+
+def warp(images, a, b, c, d, x=0, y=0, padding="zeros"):
+    """Resample: an output pixel at p is the input at [[a, b], [c, d]] p + [x, y], in units of half
+    the side, 0 at the center. Numbers or tensors (n,)."""
+    zero = torch.zeros(len(images), device=images.device)
+    theta = torch.stack([zero + value for value in (a, b, x, c, d, y)], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta.to(images.dtype), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+
+
+# ------------------------------------------------------------ the ConvNet
+
 
 class AvgPool(nn.Module):
-    """Average pool over squares of 2x2. On a CPU rows are added, then columns: four times as fast as nn.AvgPool2d, which
-    took a third of the time of a training step there."""
+    """2x2 average pool. On a CPU, two additions are four times as fast as nn.AvgPool2d."""
 
     def forward(self, x):
         if x.is_cuda:
             return F.avg_pool2d(x, 2)
-        h, w = (side // 2 * 2 for side in x.shape[-2:])  # an odd side loses its last row or column, as there
+        h, w = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
         x = x[..., :h:2, :w] + x[..., 1:h:2, :w]
         return (x[..., ::2] + x[..., 1::2]) / 4
 
 
 class ConvNet(nn.Module):
-    """The field's ConvNet: `depth` blocks of conv 3x3 -> instance norm -> ReLU -> average pool, then one linear
-    layer. 320,010 parameters for 3x32x32 and 10 classes. Depth 3 for 28 and 32 pixels, 4 for 64, 5 for 128."""
-    kind = "convnet"
+    """The field's ConvNet: blocks of conv 3x3, instance norm, ReLU, 2x2 average pool; then linear.
 
-    def __init__(self, shape, classes, width=128):
+    Depth 3 for 28 and 32 pixels, 4 for 64, 5 for 128; 320,010 parameters for 3x32x32, 10 classes.
+    norm=False, double=True: FRePo's, without a norm and of widths 128, 256, 512.
+    """
+
+    def __init__(self, shape, classes, norm=True, double=False, width=128):
         super().__init__()
         channels, size = shape[0], shape[-1]
-        first_pad = 3 if (channels, size) == (1, 28) else 1  # 28x28 digits become 32x32 maps
-        size += 2 * (first_pad - 1)
-        self.depth = max(1, round(math.log2(size)) - 2)
+        pad = 3 if (channels, size) == (1, 28) else 1  # 28x28 digits become 32x32 maps
+        size += 2 * (pad - 1)
+        depth = max(1, round(math.log2(size)) - 2)
+        self.kind = f"{'frepo-' * double}convnet{depth}"
         blocks = []
-        for i in range(self.depth):
-            blocks += [nn.Conv2d(channels, width, 3, padding=first_pad if i == 0 else 1),
-                       nn.GroupNorm(width, width),  # as many groups as channels: instance norm, no running statistics
-                       nn.ReLU(), AvgPool()]
+        for i in range(depth):
+            blocks.append(nn.Conv2d(channels, width, 3, padding=1 if i else pad))
+            if norm:
+                blocks.append(nn.GroupNorm(width, width))  # as many groups as channels
+            blocks += [nn.ReLU(), AvgPool()]
             channels, size = width, size // 2
+            width *= 1 + double
         self.blocks = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(width * size * size, classes)
+        self.classifier = nn.Linear(channels * size * size, classes)
+
+    def reset(self, *key):
+        """Draw torch's default initialization anew, on the network's device -> self."""
+        seed(*key)
+        for layer in self.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        return self
 
     def features(self, images):
-        """The features before the linear layer, (n, width * (size / 2^depth)^2)."""
-        return self.blocks(images).flatten(1)
+        """Inputs of the linear layer (n, d). On a CPU in chunks of 32 images: 2.5 times as fast."""
+        chunk = len(images) if images.is_cuda else 2**15 // images[0, 0].numel() or 1
+        return torch.cat([self.blocks(x).flatten(1) for x in images.split(chunk)])
 
     def forward(self, images):
         """Logits (n, classes)."""
         return self.classifier(self.features(images))
 
 
-class FRePoNet(nn.Module):
-    """FRePo's ConvNet: blocks of conv 3x3 -> ReLU -> average pool whose width doubles (128, 256, 512), and one linear
-    layer; depth as ConvNet's. norm: batch norm between the blocks, none behind the last, as in FRePo's pool; without
-    it, the network that a distilled set is scored with. Weights start as LeCun's: normal, variance 1 / fan-in."""
-    kind = "frepo-convnet"
-
-    def __init__(self, shape, classes, norm=False, width=128):
-        super().__init__()
-        channels, size = shape[0], shape[-1]
-        first_pad = 3 if (channels, size) == (1, 28) else 1  # 28x28 digits become 32x32 maps
-        size += 2 * (first_pad - 1)
-        self.depth = max(1, round(math.log2(size)) - 2)
-        blocks = []
-        for i in range(self.depth):
-            blocks += [nn.Conv2d(channels, width, 3, padding=first_pad if i == 0 else 1)]
-            blocks += [nn.BatchNorm2d(width, track_running_stats=False)] * (norm and i < self.depth - 1)
-            blocks += [nn.ReLU(), AvgPool()]
-            channels, width, size = width, width * 2, size // 2
-        self.blocks = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(channels * size * size, classes)
-        for layer in self.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-                nn.init.zeros_(layer.bias)
-
-    def features(self, images):
-        """The features before the linear layer, (n, 512 * (size / 2^depth)^2)."""
-        return self.blocks(images).flatten(1)
-
-    def forward(self, images):
-        """Predicted labels (n, classes), real numbers."""
-        return self.classifier(self.features(images))
-
-
-def flat_parameters(net):
-    """All parameters as one vector (P,), detached; `unflatten` is the way back."""
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
+def flatten(net):
+    """All parameters as one detached vector (P,)."""
+    return nn.utils.parameters_to_vector(net.parameters()).detach()
 
 
 def unflatten(net, flat):
-    """A vector (P,) -> {name: tensor} views for functional_call(net, ..., images)."""
+    """Inverse of `flatten`: a vector (P,) -> {name: view}, for functional_call."""
     named = dict(net.named_parameters())
     parts = flat.split([p.numel() for p in named.values()])
-    return {name: part.view_as(p) for (name, p), part in zip(named.items(), parts)}
+    return {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
 
 
-def accumulate_gradient(net, parameters, images, labels, criterion=F.cross_entropy):
-    """Add the gradient of the mean loss (cross-entropy) to .grad of `parameters`, a dict of leaves.
+def train_epoch(net, optimizer, data, images, labels, *key, augment=dsa, batch=256, loss=None):
+    """Train for an epoch on (V, n, c, h, w): V variants of n images, one drawn at each use.
 
-    parameters (R, ...), images (R, n, c, h, w), labels (R, n) or soft (R, n, C): R networks side by side, each with
-    its own batch (R = 1: no vmap). A network with batch norm sees the batch as a whole, others in chunks."""
-    parts = images.shape[1] if mixes_images(net) else chunk_size(images)
-    for x, y in zip(images.split(parts, 1), labels.split(parts, 1)):
-        with autocast(images.device):
-            if len(images) > 1:
-                logits = torch.vmap(lambda p, one: functional_call(net, p, one))(parameters, x)
-            else:
-                logits = functional_call(net, {name: p[0] for name, p in parameters.items()}, x[0])[None]
-        loss = criterion(logits.float().flatten(0, 1), y.flatten(0, 1), reduction="sum")
-        (loss / images.shape[1]).backward()
-
-
-def mixes_images(net):
-    """Whether a network's output for an image depends on the others of its batch, as batch norm's does."""
-    return any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
+    loss(logits, labels): cross-entropy by default.
+    """
+    seed(*key)
+    order = torch.randperm(len(labels), device=data.device)
+    variants = torch.randint(len(images), order.shape, device=data.device)
+    for step, (i, v) in enumerate(zip(order.split(batch), variants.split(batch), strict=True)):
+        inputs = augment(images[v, i], data.flip, *key, step)
+        with autocast(data.device):
+            value = (loss or F.cross_entropy)(net(inputs).float(), labels[i])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
 
 
-@torch.no_grad()
-def accuracy(net, parameters, images, labels):
-    """Percentage of images (n, c, h, w) that net, with a dict of parameters, classifies as `labels` say."""
-    right = 0
-    for x, y in zip(images.split(chunk_size(images)), labels.split(chunk_size(images))):
-        with autocast(images.device):
-            right = right + (functional_call(net, parameters, x).argmax(1) == y).sum()
-    return 100 * (right / len(labels)).item()
+# ------------------------------------------------------------ trajectories (MTT, HaBa)
 
 
-# ------------------------------------------------------------------------------------------ experts
+def load_experts(data, args):
+    """Expert trajectories (MTT Sec. 3.1), trained where missing -> (experts, epochs + 1, P).
 
-def load_experts(data, data_dir, count, epochs, seed):
-    """`count` expert trajectories over `epochs` epochs (MTT, Sec. 3.1), trained where they are missing.
-
-    -> float32 (count, epochs + 1, P) on data.device: the parameters at the start and after every epoch. One file
-    an expert, rewritten after each epoch, in a folder named after data set, preprocessing and network; several
-    processes with different seeds can fill one folder. Experts: SGD, lr 0.01, batch 256, DSA."""
-    net = ConvNet(data.shape, len(data.classes)).to(data.device)
-    setting = {"preprocess": data.preprocess.fingerprint, "network": f"convnet{net.depth}",
-               "shape": list(data.shape), "classes": len(data.classes)}
-    folder = pathlib.Path(data_dir) / "experts" / f"{data.name}_{setting['preprocess'][:-8]}_{setting['network']}"
-    here = {p.name for p in folder.glob("seed*_expert*.pt")}
-    mine = [f"seed{seed}_expert{i:03d}.pt" for i in range(count)]
-    # This seed's experts first, then others that lie here, then new ones.
-    names = [name for name in mine if name in here] + sorted(here - set(mine))
-    names = (names + [name for name in mine if name not in here])[:count]
-    progress, trajectories = Progress(count * epochs, "expert epochs"), []
-    for name in names:
-        path, trajectory = folder / name, None
-        if path.exists():
-            stored = load(path, "an expert")
-            if stored.get("setting") != setting:
-                raise UserError(f"{path} is an expert of another setting: move it away, or take another --data-dir")
-            trajectory = stored["trajectory"][:epochs + 1].to(data.device)
-        if trajectory is None or len(trajectory) <= epochs:
-            key = tuple(path.stem.split("_"))  # ("seed0", "expert003"): what its random numbers depend on
-            for trajectory in expert_epochs(data, net, trajectory, epochs, key):
-                save({"setting": setting, "trajectory": trajectory.cpu()}, path)
-                progress(1)
-        else:
-            progress.skip(epochs)
-        trajectories.append(trajectory)
-    progress.end()
-    return torch.stack(trajectories)
+    One file an expert: its parameters at the start and after each epoch. A run takes those of its
+    own seed, then those of other seeds, then trains. With --iterations 0 it trains its own, so that
+    the tasks of an array job can fill one folder.
+    """
+    epochs = args.max_start - 1 + args.expert_epochs
+    folder = pathlib.Path(args.data_dir) / "experts" / f"{data.name}_{data.preprocess.fingerprint}"
+    names = [f"seed{args.seed}_expert{i:03d}.pt" for i in range(args.experts)]
+    if args.iterations:
+        there = {path.name for path in folder.glob("seed*_expert*.pt")}
+        ready = [n for n in names if n in there] + sorted(there - set(names))
+        names = (ready + [n for n in names if n not in there])[: args.experts]
+    progress = Progress(len(names) * epochs, "expert epochs")
+    return torch.stack([train_expert(data, folder / name, epochs, progress) for name in names])
 
 
-def experts_for(data, data_dir, settings, per_class, seed):
-    """The experts that a method's settings ask for -> as load_experts. Raises UserError for what would only be found
-    after the hours that they take: too few images in a class, nothing to --compile with."""
-    data.random_real(per_class)
-    if settings["compile"]:
-        try:
-            torch.compile(lambda x: x + 1)(torch.zeros(2, device=data.device))
-        except Exception as error:  # no compiler, no headers of Python, an old GPU: they fail in many ways
-            raise UserError(f"--compile cannot be used here ({type(error).__name__}): it wants a C++ compiler and Python's "
-                            "headers; install these or leave --compile out") from None
-    epochs = settings["max_start"] + settings["expert_epochs"]
-    return load_experts(data, data_dir, settings["experts"], epochs, seed)
-
-
-def expert_epochs(data, net, trajectory, epochs, key):
-    """Train one expert on the real set from where `trajectory` (E, P) ends; yields it after every epoch."""
-    if trajectory is None:
-        trajectory = flat_parameters(seeded(key, ConvNet, data.shape, len(data.classes))).to(data.device)[None]
-    parameters = {name: p[None].clone().requires_grad_() for name, p in unflatten(net, trajectory[-1]).items()}
-    optimizer = torch.optim.SGD(parameters.values(), lr=0.01)
+def train_expert(data, path, epochs, progress):
+    """Load an expert, train what is missing (SGD, lr 0.01, batch 256, DSA) -> (epochs + 1, P)."""
+    net = ConvNet(data.shape, len(data.classes)).to(data.device).reset(path.stem)
+    trajectory = flatten(net)[None]
+    if path.exists():
+        trajectory = load(path, "an expert").to(data.device)
+        net.load_state_dict(unflatten(net, trajectory[-1]))
+    progress.skip(min(len(trajectory) - 1, epochs))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     for epoch in range(len(trajectory) - 1, epochs):
-        order = torch.randperm(len(data.train), generator=rng(*key, epoch, device=data.device), device=data.device)
-        for step, index in enumerate(order.split(256)):
-            draw = draw_dsa(len(index), *key, epoch, step, device=data.device, flip=data.flip)
-            optimizer.zero_grad()
-            accumulate_gradient(net, parameters, dsa(data.train[index], *draw)[None], data.train_labels[index][None])
-            optimizer.step()
-        flat = torch.cat([p.detach().flatten() for p in parameters.values()])
-        if not flat.isfinite().all():
-            raise UserError("an expert's parameters are not finite: check the images for constant or broken ones")
-        trajectory = torch.cat([trajectory, flat[None]])
-        yield trajectory
+        train_epoch(net, optimizer, data, data.train[None], data.train_labels, path.stem, epoch)
+        trajectory = torch.cat([trajectory, flatten(net)[None]])
+        save(trajectory.cpu(), path)
+        progress.step()
+    return trajectory[: epochs + 1]
 
 
-# ------------------------------------------------------------------------------------------ the trajectory unroll
+def sample_segment(experts, args, *key):
+    """Parameters (P,) of a random expert at epochs t and t + M, t in 0 .. max_start - 1.
 
-def draw_start(experts, settings, *key):
-    """A random expert of (K, E + 1, P) and a start epoch t <= max_start -> phi*_t, phi*_{t+M}, each (P,)."""
-    expert = experts[hash_int((*key, "expert")) % len(experts)]
-    t = hash_int((*key, "start")) % (settings["max_start"] + 1)
-    return expert[t], expert[t + settings["expert_epochs"]]
-
-
-def identity(method, data, per_class, settings, seed, experts=None):
-    """What has to be equal for a checkpoint to be continued. More iterations of the same thing may be. `compile` is told
-    where it is on: checkpoints from before it was there go on."""
-    same = {k: v for k, v in settings.items() if k != "iterations" and (k, v) != ("compile", False)}
-    if experts is not None:
-        same["experts' norm"] = experts.double().norm().item()  # other experts, another norm
-    return {"method": method, "dataset": data.name, "fingerprint": data.preprocess.fingerprint,
-            "per class": per_class, "seed": seed, **same}
+    The authors' code excludes max_start, too; the paper includes it (t <= T+).
+    """
+    expert = experts[hash_int(*key, "expert") % len(experts)]
+    t = hash_int(*key, "start") % args.max_start
+    return expert[t], expert[t + args.expert_epochs]
 
 
-def settings_for(table, dataset, per_class):
-    """The row of a method's settings table for a data set and budget: the nearest budget (in ratio) of the data
-    set, or of CIFAR-10 where the data set has no row. Whitening is for CIFAR and SVHN alone."""
-    name = pathlib.Path(dataset).name
-    rows = {n: row for (of, n), row in table.items() if of == (name if (name, 1) in table else "cifar10")}
-    row = dict(rows[min(rows, key=lambda n: abs(math.log(per_class / n)))])
-    return row | {"zca": row["zca"] if name in ("cifar10", "cifar100", "svhn") else False}
+def student_indices(count, batch, step, *key, device="cpu"):
+    """Synthetic images of a student step: all, or the next `batch` of a shuffled pass.
 
-
-def student_batch(count, batch, step, *key, device="cpu"):
-    """Indices of the synthetic images of student step `step`: all, or `batch` of a shuffled pass over them, in which
-    those that do not fill a batch are left out."""
+    The rest of a pass that does not fill a batch is dropped; the authors' code uses it.
+    """
     if not 0 < batch < count:
         return torch.arange(count, device=device)
-    per_pass = count // batch
-    order = torch.randperm(count, generator=rng(*key, "order", step // per_pass, device=device), device=device)
-    return order[step % per_pass * batch:][:batch]
+    steps = count // batch
+    seed(*key, step // steps)
+    return torch.randperm(count, device=device)[step % steps * batch :][:batch]
 
 
-def match_trajectory(net, start, target, step_size, batch, steps, compiled=False):
-    """Eq. (7) of HaBa: train a student from `start` for `steps` steps, compare it with `target`, differentiate.
+def student_gradient(net, params, images, labels, create_graph=False):
+    """Gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf."""
+    loss = F.cross_entropy(functional_call(net, unflatten(net, params), images), labels)
+    return torch.autograd.grad(loss, params, create_graph=create_graph)[0]
 
-    start, target: expert parameters (P,) at epoch t and t + M. step_size: alpha, a 0-d tensor. batch(n) -> images
-    (b, c, h, w) and labels (b,) or soft labels (b, C) of student step n: drawn from n alone and differentiable, for
-    it is called twice: going forward without a graph, and going back with one, so that the gradient flows through
-    augmentation and hallucinators into whatever leaves it is made of, one step at a time. compiled: see student_step.
-    -> (loss 0-d, the gradient with respect to step_size 0-d); the leaves' .grad has been added to.
-    Memory does not grow with the steps but for their parameters, P numbers each: no graph spans two steps."""
-    gradient_of, pull_back = student_step(net, compiled)
-    students, alpha = [start], step_size.detach()
+
+def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
+    """Train a student, compare it with an expert, differentiate (HaBa Eq. 7, survey Eq. 30).
+
+    start, target: expert parameters (P,) at epochs t and t + M. step_size: alpha, 0-d. batch(n) ->
+    images, labels of student step n; called twice, so it has to depend on n alone.
+    -> loss, gradient for step_size. Adds to the gradients of the leaves behind the images.
+    kept: steps that keep their graph; the others rebuild it on the way back, so that memory does
+    not grow with `steps`. Default: about 500 images' worth on a CPU, 5,000 on a GPU.
+    """
+    lr, student, tape = step_size.detach(), start, []
+    if kept is None:
+        kept = (5000 if start.is_cuda else 500) // len(batch(0)[1])
     for n in range(steps):
-        with torch.no_grad():
-            images, labels = (t.detach() for t in batch(n))  # that may be leaves themselves
-        gradient = sum(gradient_of(students[-1], x, y, len(images)) for x, y in student_chunks(images, labels))
-        students.append(students[-1] - alpha * gradient)
+        keep = n >= steps - kept
+        with torch.set_grad_enabled(keep):
+            images, labels = batch(n)
+        params = student.detach().requires_grad_()
+        with torch.enable_grad():
+            gradient = student_gradient(net, params, images, labels, create_graph=keep)
+        tape.append((params, gradient if keep else None))
+        student = student - lr * gradient.detach()
+
     scale = (start - target).square().sum()
-    loss = (students[-1] - target).square().sum() / scale
-    adjoint = 2 * (students[-1] - target) / scale  # dL / d phi_{t+n}, from n = N down to 0
-    step_gradient = torch.zeros_like(loss)
+    loss = (student - target).square().sum() / scale
+    adjoint = 2 * (student - target) / scale  # dL / d student, from the last step to the first
+    step_size_grad = torch.zeros_like(lr)
     for n in reversed(range(steps)):
-        images, labels = batch(n)
-        student, through, of_chunks = students.pop(n), torch.zeros_like(adjoint), []
-        for x, y in student_chunks(images.detach(), labels.detach()):
-            # phi_{n+1} = phi_n - alpha g(phi_n, x, y): one vector-Jacobian product with -alpha times the adjoint
-            gradient, of_student, *of_batch = pull_back(student, x, y, len(images), -alpha * adjoint)
-            step_gradient -= (gradient * adjoint).sum()
-            through += of_student
-            of_chunks.append(of_batch)
-        adjoint = adjoint + through
-        given = [(t, torch.cat(parts)) for t, parts in zip((images, labels), zip(*of_chunks)) if t.requires_grad]
-        torch.autograd.backward(*zip(*given))
-    return loss, step_gradient
+        params, gradient = tape.pop()
+        if gradient is None:
+            gradient = student_gradient(net, params, *batch(n), create_graph=True)
+        step_size_grad -= gradient.detach() @ adjoint
+        (-lr * (gradient @ adjoint)).backward()
+        adjoint = adjoint + params.grad
+    return loss, step_size_grad
 
 
-@functools.lru_cache(maxsize=4)  # what was compiled stays so from one iteration to the next
-def student_step(net, compiled=False):
-    """A student's gradient and the derivative of that gradient, as two functions of parameters (P,), images (b, c, h, w),
-    labels (b,) or (b, C), and the number of images that the mean is over, of which these may be a chunk:
+# ------------------------------------------------------------ ridge regression (FRePo, translator)
 
-    gradient(student, images, labels, count) -> (P,), of cross-entropy. pull_back(student, images, labels, count,
-    adjoint (P,)) -> the same gradient, and the products of `adjoint` with its Jacobians for student, images and, if they
-    are soft, labels. No bfloat16 here; on a GPU convolutions take TF32.
-
-    compiled: by torch.compile, which fuses what lies between the convolutions and picks their layout; it wants pure
-    functions, torch.func's, which by themselves are slower than autograd. It rounds otherwise: 1e-6 from float64, as
-    without, unless a ReLU's input is so near to 0 that its sign changes with the rounding. One such unit of 5.5 million,
-    at 32 images, makes 3e-3 of the gradient."""
-    def gradient(student, images, labels, count, create_graph=False):
-        student = student.detach().requires_grad_()
-        loss = student_loss(net, student, images, labels, count)
-        return torch.autograd.grad(loss, student, create_graph=create_graph)[0]
-
-    def pull_back(student, images, labels, count, adjoint):
-        leaves = [t.detach().requires_grad_() for t in (student, images, labels) if t.is_floating_point()]
-        images, labels = (*leaves[1:], labels)[:2]
-        loss = student_loss(net, leaves[0], images, labels, count)
-        found, = torch.autograd.grad(loss, leaves[0], create_graph=True)
-        return found.detach(), *torch.autograd.grad(found, leaves, adjoint)
-
-    def pure_gradient(student, images, labels, count):
-        return torch.func.grad(student_loss, argnums=1)(net, student, images, labels, count)
-
-    def pure_pull_back(student, images, labels, count, adjoint):
-        if labels.is_floating_point():
-            found, pull = torch.func.vjp(lambda p, x, y: pure_gradient(p, x, y, count), student, images, labels)
-        else:
-            found, pull = torch.func.vjp(lambda p, x: pure_gradient(p, x, labels, count), student, images)
-        return found, *pull(adjoint, retain_graph=False)
-
-    if not compiled:
-        return gradient, pull_back
-    return tuple(torch.compile(f, dynamic=False) for f in (pure_gradient, pure_pull_back))
-
-
-def student_loss(net, student, images, labels, count):
-    """Cross-entropy of net with parameters `student` (P,), a sum over the images divided by `count`."""
-    logits = functional_call(net, unflatten(net, student), images)
-    return F.cross_entropy(logits, labels, reduction="sum") / count
-
-
-def student_chunks(images, labels):
-    """Chunks of a student's batch, of equal size where that is possible: other sizes would be compiled anew."""
-    count = math.ceil(len(images) / chunk_size(images))
-    return zip(images.chunk(count), labels.chunk(count))
-
-
-def student_gradient(net, student, images, labels, create_graph=False):
-    """The gradient (P,) of the mean cross-entropy at parameters `student` (P,), chunk by chunk; with create_graph
-    differentiable where images are."""
-    gradient, _ = student_step(net)
-    return sum(gradient(student, x, y, len(images), create_graph) for x, y in student_chunks(images, labels))
-
-
-# ------------------------------------------------------------------------------------------ distribution matching
-
-@torch.no_grad()
-def start_anew(net, *key):
-    """Give `net` the random parameters that depend on `key` alone: as torch's layers start, uniform in
-    +-1 / sqrt(fan-in), FRePoNet's as LeCun's, normal with variance 1 / fan-in; norms at 1 and 0. Drawn on net's
-    device, so nothing is copied to it; -> net."""
-    generator = rng(*key, device=next(net.parameters()).device)
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            bound = layer.weight[0].numel() ** -0.5
-            if isinstance(net, FRePoNet):
-                layer.weight.normal_(0, bound, generator=generator)
-                layer.bias.zero_()
-            else:
-                layer.weight.uniform_(-bound, bound, generator=generator)
-                layer.bias.uniform_(-bound, bound, generator=generator)
-        elif isinstance(layer, (nn.GroupNorm, nn.BatchNorm2d)):
-            layer.reset_parameters()
-    return net
-
-
-def class_members(data):
-    """Which training images belong to each class: indices (C, largest class) in which a shorter class repeats -1 at
-    its end, and the size of the smallest class."""
-    members = [torch.nonzero(data.train_labels == label)[:, 0] for label in range(len(data.classes))]
-    padded = nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
-    return padded, min(len(m) for m in members)
-
-
-def draw_members(members, per_class, *key):
-    """`per_class` different training images of every class, at most the smallest class's size -> indices
-    (C * per_class,) in class order, drawn on the device."""
-    score = torch.rand(members.shape, generator=rng(*key, device=members.device), device=members.device)
-    return members.gather(1, score.masked_fill(members < 0, -1).topk(per_class).indices).flatten()
-
-
-@torch.no_grad()
-def features(net, images):
-    """net's features of images (n, c, h, w) -> (n, F) float32; no graph, in bfloat16 where `autocast` has it."""
-    with autocast(images.device):
-        return torch.cat([net.features(x).float() for x in
-                          images.split(len(images) if mixes_images(net) else chunk_size(images))])
-
-
-@torch.no_grad()
-def mean_features(net, images, labels, classes, draw=None, half=True):
-    """Mean over each class of net's features of images (n, c, h, w) -> (C, F) float32; no graph, in chunks, in
-    bfloat16 where `autocast` has it and `half`. draw: a Siamese draw of `draw_dsa` for all of them."""
-    sums, each = 0, torch.arange(classes, device=labels.device)[:, None]
-    for x, y in zip(images.split(chunk_size(images)), labels.split(chunk_size(images))):
-        with autocast(images.device) if half else contextlib.nullcontext():
-            features = net.features(dsa(x, *draw) if draw else x)
-        sums = sums + (each == y).float() @ features.float()
-    return sums / (each == labels).sum(1, keepdim=True)
-
-
-def match_means(net, real, images, part=None, half=False, room=64):
-    """Compare class means of features, and differentiate, with the memory of a few chunks.
-
-    real (C, F): means to reach. images (C * n, c, h, w) in class order, n a class; the graph they hang on is left
-    alone. -> (squared distance of the means of every class (C,), gradient of its sum with respect to `images`).
-    part (C * m, c, h, w): some of them, m a class, in class order: the means are over all `images`, the gradient is
-    with respect to `part` alone, times n / m: unbiased when they are drawn uniformly (KFS, Sec. 3.2).
-    The gradient at an image's features is known once the means are, so each chunk goes back on its own; the graphs
-    of the first `room` chunks are kept from the way forth, the others are computed again."""
-    size, values, kept = chunk_size(images), [], []
-
-    def features(x):
-        with autocast(x.device) if half else contextlib.nullcontext():
-            return net.features(x).float()
-
-    for x in images.detach().split(size):
-        if part is None and len(kept) < room:
-            x = x.detach().requires_grad_()
-            kept.append((x, features(x)))
-            values.append(kept[-1][1].detach())
-        else:
-            with torch.no_grad():
-                values.append(features(x))
-    gap = torch.cat(values).unflatten(0, (len(real), -1)).mean(1) - real
-    part = images if part is None else part
-    # d ||gap_c||^2 / d the features of one of n images = 2 gap_c / n; n / m times that for a part: 2 gap_c / m
-    m, gradient = len(part) // len(real), []
-    for x, adjoint in zip(part.detach().split(size), (2 / m * gap).repeat_interleave(m, 0).split(size)):
-        if kept:
-            x, value = kept.pop(0)
-        else:
-            x = x.detach().requires_grad_()
-            value = features(x)
-        gradient.append(torch.autograd.grad(value, x, adjoint)[0])
-    return gap.square().sum(1), torch.cat(gradient)
-
-
-# ------------------------------------------------------------------------------------------ kernel ridge regression
 
 def krr(support, labels, target, ridge=1e-6):
-    """Kernel ridge regression on features (survey Eq. 14; FRePo): K = support support^T, then the prediction
-    target support^T (K + ridge * trace(K) / n * I)^-1 labels, differentiable in all three.
+    """Kernel ridge regression (survey Eq. 14): K_ts (K_ss + ridge trace(K_ss) / n I)^-1 labels.
 
-    support (n, F), labels (n, C), target (m, F) -> (m, C) in target's type. Solved by Cholesky in float64: the ridge
-    is smaller than float32's rounding of K. Raises UserError (on a GPU, which is not waited for: gives NaN) where the
-    matrix is not positive definite."""
+    support (n, d), labels (n, C), target (m, d): features -> (m, C). In float64, as the ridge is
+    below float32's rounding; NaN where K_ss is not positive definite.
+    """
     wide = support.double()
     kernel = wide @ wide.T
-    trace = kernel.diagonal().sum()  # the derivatives of .trace() would wait for the GPU
-    kernel = kernel + ridge * trace / len(kernel) * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    factor, failed = torch.linalg.cholesky_ex(kernel)
-    if failed.device.type == "cpu" and failed:
-        raise UserError("the features' kernel matrix is not positive definite: images are equal or not finite; take a "
-                        "larger ridge or smaller learning rates")
+    eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    factor, failed = torch.linalg.cholesky_ex(kernel + ridge * kernel.diagonal().mean() * eye)
     factor = torch.where(failed > 0, torch.nan, factor)
-    weights = wide.T @ torch.cholesky_solve(labels.double(), factor)  # w* of translator Eq. (2)
+    weights = wide.T @ torch.cholesky_solve(labels.double(), factor)
     return target @ weights.to(target.dtype)
 
 
+def half_square(predicted, labels):
+    """Half the squared error, summed over classes, mean over images."""
+    return 0.5 * (predicted - labels).square().sum(1).mean()
+
+
 def nfr_loss(support, labels, target, target_labels, ridge=1e-6):
-    """Neural feature regression, translator Eq. (2): half the squared error of the prediction that the synthetic set's
-    features `support` (n, F) and labels (n, C) make for real features (m, F), summed over classes, a mean over m."""
-    return squared_error(krr(support, labels, target, ridge), target_labels) / len(target)
+    """Neural feature regression (survey Eq. 17, translator Eq. 2): the error of `krr`."""
+    return half_square(krr(support, labels, target, ridge), target_labels)
 
 
-# ------------------------------------------------------------------------------------------ scoring
-
-PROTOCOL = dict(network=ConvNet, epochs=1000, batch=256, lr=0.01, adam=False, augment=DSA,
-                drops=((1 / 2, 0.1),))  # drops: (share of the epochs, factor of the learning rate)
-
-
-def frepo_protocol(count):
-    """How FRePo and the translator score `count` distilled images: squared error on soft labels, Adam, warm-up and
-    cosine, their own network without norm. The epochs are theirs at the count that is nearest in ratio: as many steps
-    up to 500 images, which are one batch; 1000 images make two, so 10000 steps are 5000 epochs."""
-    epochs = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 5000}
-    return dict(network=FRePoNet, epochs=epochs[min(epochs, key=lambda n: abs(math.log(count / n)))], batch=500,
-                lr=3e-4, adam=True, augment=("colour", "crop", "cutout", "flip", "rotate", "translate"), drops=())
+def center_labels(labels, classes, scale=1.0):
+    """FRePo's labels for class numbers (n,): (one-hot - 1 / C) / scale, (n, C). Real images have
+    scale 1, synthetic ones start with sqrt(C / 10)."""
+    return (F.one_hot(labels, classes) - 1 / classes) / scale
 
 
-def targets(labels, classes):
-    """Class numbers (n,) -> one-hot - 1 / C, (n, C): what FRePo predicts for real images."""
-    return F.one_hot(labels, classes) - 1 / classes
+def margin_loss(labels):
+    """FRePo's hinge on soft labels (n, C): minus the margin of the two largest, at most 1 / C."""
+    first, second = labels.topk(2).values.T
+    return -(first - second).clamp(max=1 / labels.shape[1]).mean()
 
 
-def centre_labels(labels, classes):
-    """Class numbers (n,) -> soft labels (n, C) as FRePo's synthetic images start: targets / sqrt(C / 10)."""
-    return targets(labels, classes) / math.sqrt(classes / 10)
+def cosine(step, steps):
+    """Factor of FRePo's learning rate: from 1 to 0.1."""
+    return 0.55 + 0.45 * math.cos(math.pi * min(step / steps, 1))
 
 
-def learning_rate(protocol, lr, epoch, epochs, steps=1):
-    """The rate of an epoch of `steps` steps: lr with drops; with Adam 500 steps of linear warm-up (at most half of the
-    training), then a cosine to 1 %."""
-    if not protocol["adam"]:
-        return lr * math.prod(factor for share, factor in protocol["drops"] if epoch >= math.ceil(share * epochs - 1e-9))
-    warm = min(500 / steps, epochs / 2)
-    falling = (1 + math.cos(math.pi * max(0, epoch - warm) / (epochs - warm))) / 2
-    return lr * (min(1, (epoch + 1) / warm) if epoch < warm else .01 + .99 * falling)
+# ------------------------------------------------------------ scoring
 
 
-def train_and_test(data, draw, count, protocol=PROTOCOL, lr=None, epochs=None, runs=5, seed=0, side_by_side=None,
-                   test=None):
-    """Train `runs` fresh networks on a distilled set and test them (the README, "Protocols") -> list of percentages,
-    or of what test(net, parameters), a dict, returns in place of the accuracy on the test set.
+@dataclass
+class Protocol:
+    """How a network is trained on a distilled set; the defaults are those of DM, MTT and HaBa."""
 
-    draw(run, index (b,), *key) -> preprocessed images (b, c, h, w) and labels of entries `index` of 0..count-1;
-    what it draws at random depends on `key`. protocol: as PROTOCOL, SGD with momentum 0.9 and weight decay 5e-4 on
-    the cross-entropy, or as frepo_protocol gives it; its lr and epochs can be replaced. The accuracy is that after the
-    last epoch. On a GPU networks without batch norm train side by side."""
-    device, classes, build = data.device, len(data.classes), protocol["network"]
-    lr, epochs, batch = lr or protocol["lr"], epochs or protocol["epochs"], protocol["batch"]
-    test = test or (lambda net, parameters: accuracy(net, parameters, data.test, data.test_labels))
-    criterion, steps = squared_error if protocol["adam"] else F.cross_entropy, math.ceil(count / batch)
-    if side_by_side is None:
-        side_by_side = device.type == "cuda" and not mixes_images(build(data.shape, classes))
-    progress, result = Progress(runs * epochs, "scoring epochs"), []
-    for group in torch.arange(runs).split(runs if side_by_side else 1):
-        group = group.tolist()
-        nets = [seeded((seed, "score", run), build, data.shape, classes).to(device) for run in group]
-        net, starts = nets[0], [dict(net.named_parameters()) for net in nets]
-        parameters = {name: torch.stack([s[name].detach() for s in starts]).requires_grad_() for name in starts[0]}
-        optimizer = torch.optim.Adam(parameters.values()) if protocol["adam"] else torch.optim.SGD(
-            parameters.values(), momentum=0.9, weight_decay=5e-4)
-        for epoch in range(epochs):
-            optimizer.param_groups[0]["lr"] = learning_rate(protocol, lr, epoch, epochs, steps)
-            orders = [torch.randperm(count, generator=rng(seed, "order", run, epoch, device=device), device=device)
-                      for run in group]
-            for step in range(0, count, batch):
-                batches = []
-                for run, order in zip(group, orders):
-                    key = (seed, "score", run, epoch, step)
-                    with torch.no_grad():
-                        images, labels = draw(run, order[step:step + batch], *key)
-                        if protocol["augment"]:
-                            images = dsa(images, *draw_dsa(len(images), *key, device=device, flip=data.flip,
-                                                           names=protocol["augment"]))
-                        if protocol["adam"] and labels.ndim == 1:
-                            labels = centre_labels(labels, classes)
-                    batches.append((images, labels))
-                optimizer.zero_grad()
-                accumulate = protocol.get("accumulate", accumulate_gradient)  # HaBa's Table 4 adds a term to the loss
-                accumulate(net, parameters, *(torch.stack(part) for part in zip(*batches)), criterion)
-                optimizer.step()
-            progress(len(group))
-        net.eval()
-        result += [test(net, {name: p.detach()[i] for name, p in parameters.items()}) for i in range(len(group))]
-    progress.end()
-    return result
+    network: Callable = ConvNet  # network(shape, classes)
+    augment: Callable = dsa  # augment(images, flip, *key)
+    epochs: int = 1000
+    batch: int = 256
+    lr: float = 0.01
+    drops: tuple = (0.5,)  # shares of the epochs after which lr is multiplied by `decay`
+    decay: float = 0.1
+    regression: bool = False  # FRePo: squared error on soft labels, AdamW, warm-up and cosine
+    weight_decay: float = 5e-4
 
 
-def squared_error(predicted, labels, reduction="sum"):
-    """Half the squared error, summed over classes and images: FRePo's loss."""
-    return 0.5 * (predicted - labels).square().sum()
+def frepo_protocol(count, augment=frepo_augment, weight_decay=0.0):
+    """How FRePo and the translator train on `count` images; steps as in FRePo's code."""
+    steps = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 10000, 2000: 40000}
+    nearest = min(steps, key=lambda n: abs(math.log(count / n)))
+    epochs = steps[nearest] // math.ceil(nearest / 500)
+    network = partial(ConvNet, norm=False, double=True)
+    return Protocol(network, augment, epochs, 500, 3e-4, (), 1, True, weight_decay)
 
 
-def image_sampler(distilled, device):
-    """What `score` draws batches from, for a file of plain images: (draw(run, index, *key) -> images, labels; number of
-    entries)."""
-    images, labels = distilled["images"].to(device), distilled["labels"].to(device)
-    return lambda run, index, *key: (images[index], labels[index]), len(images)
+def train(data, images, labels, protocol, *key, progress=None):
+    """Train a fresh network -> network. images (V, n, c, h, w), labels (n,) or soft (n, C)."""
+    p = protocol
+    seed(*key)
+    net = p.network(data.shape, len(data.classes)).to(data.device)
+    optimizer = torch.optim.AdamW if p.regression else partial(torch.optim.SGD, momentum=0.9)
+    optimizer = optimizer(net.parameters(), weight_decay=p.weight_decay)
+    options = {"augment": p.augment, "batch": p.batch}
+    if p.regression:
+        options["loss"] = half_square
+        labels = center_labels(labels, len(data.classes)) if labels.ndim == 1 else labels
+    # FRePo: linear warm-up of 500 steps (at most half of all), then a cosine to 1 %
+    warm = min(500 / math.ceil(len(labels) / p.batch), p.epochs / 2) if p.regression else 0
+    for epoch in range(p.epochs):
+        rate = p.lr * p.decay ** sum(epoch >= share * p.epochs for share in p.drops)
+        if epoch < warm:
+            rate = p.lr * min(1, (epoch + 1) / warm)
+        elif p.regression:
+            share = (epoch - warm) / (p.epochs - warm)
+            rate = p.lr * (0.505 + 0.495 * math.cos(math.pi * share))
+        optimizer.param_groups[0]["lr"] = rate
+        train_epoch(net, optimizer, data, images, labels, *key, epoch, **options)
+        if progress:
+            progress.step()
+    return net.eval()
 
 
-def score_random(data, stored_per_class, protocol, epochs, runs=5, seed=0, steps=None, side_by_side=None, test=None):
-    """Score random real images of the same storage, rounded up -> (images a class, epochs, list as of train_and_test).
-
-    They get FRePo's protocol where `protocol` is that, and PROTOCOL with the network and augmentation of `protocol`
-    elsewhere; over the same share of the protocol's epochs that `epochs` are, or over as many `steps`."""
-    per_class = math.ceil(stored_per_class / math.prod(data.shape))
-    per_class = min(per_class, data.train_labels.bincount().min().item())  # a small class may have no more
-    sets = [data.random_real(per_class, seed, "random real", run) for run in range(runs)]
-    own = protocol if protocol["adam"] else PROTOCOL | {key: protocol[key] for key in ("network", "augment")}
-    epochs = max(1, round(epochs * own["epochs"] / protocol["epochs"]))
-    if steps:
-        epochs = max(1, round(steps / math.ceil(len(sets[0][0]) / own["batch"])))
-    return per_class, epochs, train_and_test(data, lambda run, index, *key: (sets[run][0][index], sets[run][1][index]),
-                                             len(sets[0][0]), own, None, epochs, runs, seed, side_by_side, test)
+@torch.no_grad()
+def accuracy(net, images, labels):
+    """Percentage of images (n, c, h, w) classified as `labels` (n,)."""
+    with autocast(images.device):
+        predicted = torch.cat([net(x).argmax(1) for x in images.split(500)])
+    return 100 * (predicted == labels).float().mean().item()
 
 
-def score(data, distilled, draw, count, out, epochs=None, runs=5, seed=0, protocol=PROTOCOL, steps=None, random=None,
-          side_by_side=None, more=()):
-    """Score a distilled file's set beside random real images of the same storage, print both and add a line of JSON to
-    out/results.jsonl -> that line as a dict. `protocol` is the method's, or gives it for `count`; the random images' is
-    score_random's. steps: for the random images, in place of the same share of epochs. random: what an earlier line says
-    of them, its random_... keys; {} where the set itself is random or whole. more: keys to add or replace."""
-    began = time.time()
-    protocol = protocol(count) if callable(protocol) else protocol
-    epochs = epochs or protocol["epochs"]
-    found = train_and_test(data, draw, count, protocol, distilled["step_size"], epochs, runs, seed, side_by_side)
-    if random is None:
-        per_class, random_epochs, percentages = score_random(data, distilled["stored_per_class"], protocol, epochs, runs,
-                                                             seed, steps, side_by_side)
-    else:
-        per_class, random_epochs, percentages = distilled["per_class"], epochs, found
-    line = {key: distilled[key] for key in ("method", "dataset", "per_class", "stored_per_class", "network")}
-    line |= {"augment": bool(protocol["augment"]), "accuracy": np.mean(found).round(2), "std": np.std(found).round(2),
-             "runs": runs, "epochs": epochs, "random_images_per_class": per_class,
-             "random_accuracy": np.mean(percentages).round(2), "random_std": np.std(percentages).round(2),
-             "random_epochs": random_epochs, **(random or {}),
-             "iterations": distilled["iterations"], "experts": distilled["settings"].get("experts"),
-             "seconds": distilled["seconds"], "scoring_seconds": round(time.time() - began, 1),
-             "device": device_name(data.device), "torch": torch.__version__, "seed": distilled["seed"],
-             "scoring_seed": seed, "command": " ".join(["python", *sys.argv]), **dict(more)}
-    line["gain"] = round(line["accuracy"] - line["random_accuracy"], 2)
-    print(f"{line['method']} on {line['dataset']}, {line['per_class']} a class: {line['accuracy']:.2f} +- "
-          f"{line['std']:.2f} % on the test set ({runs} networks, {line['network']}, {epochs} epochs)\n"
-          f"random real images, {line['random_images_per_class']} a class (the same storage, rounded up): "
-          f"{line['random_accuracy']:.2f} +- {line['random_std']:.2f} %; gain {line['gain']:+.2f}")
-    append_line(json.dumps(line), pathlib.Path(out) / "results.jsonl")
-    return line
+def train_and_test(data, images, labels, protocol, args, step_size=None, k=0, progress=None):
+    """Train network number k on a distilled set (as in `train`) and test it -> percentage.
+
+    step_size: the learning rate, a number or 0-d tensor; None: the protocol's.
+    """
+    lr = protocol.lr if step_size is None else float(step_size)
+    protocol = replace(protocol, lr=lr, epochs=args.epochs or protocol.epochs)
+    net = train(data, images, labels, protocol, args.seed, "score", k, progress=progress)
+    return accuracy(net, data.test, data.test_labels)
 
 
-def device_name(device):
-    """"NVIDIA H100 ..." or "cpu, 4 threads"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+def score(data, distilled, images, labels, protocol, args):
+    """Score a distilled set and random real images of the same storage -> results row, a dict.
+
+    images, labels: as in `train`. The row goes to args.out/results.jsonl. The random images get the
+    field's protocol, or FRePo's where that is the method's.
+    """
+    field = protocol if protocol.regression else Protocol(protocol.network)
+    storage = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
+    storage = min(storage, data.smallest_class)
+    epochs = [args.epochs or protocol.epochs, args.epochs or field.epochs]
+    progress = Progress(args.runs * sum(epochs), "scoring epochs")
+    began, ours, random = time.time(), [], []
+    for k in range(args.runs):
+        real, real_labels = data.sample(storage, args.seed, "random real", k)
+        rest = (args, distilled["step_size"], k, progress)
+        ours.append(train_and_test(data, images, labels, protocol, *rest))
+        rest = (args, None, k, progress)
+        random.append(train_and_test(data, real[None], real_labels, field, *rest))
+    with torch.device("meta"):
+        network = protocol.network(data.shape, len(data.classes)).kind
+    names = ("method", "dataset", "per_class", "iterations", "seconds")
+    row = {name: distilled[name] for name in names}
+    row |= {"network": network, "accuracy": round(np.mean(ours), 2), "std": round(np.std(ours), 2)}
+    row |= {"best": max([value for _, value in distilled["evaluations"]], default=None)}
+    row |= {"random": round(np.mean(random), 2), "random_std": round(np.std(random), 2)}
+    row |= {"random_per_class": storage, "runs": args.runs, "epochs": epochs[0]}
+    row |= {"seed": distilled["settings"]["seed"], "scoring_seconds": round(time.time() - began)}
+    append_row(row, data.device, args.out)
+    print(
+        f"{row['method']} on {data.name}, {row['per_class']} a class: {row['accuracy']} +- "
+        f"{row['std']} % (random real images, {storage} a class: {row['random']} +- "
+        f"{row['random_std']} %)"
+    )
+    return row
 
 
-# ------------------------------------------------------------------------------------------ files
+def append_row(row, device, folder):
+    """Add hardware, torch version, commit and command, append to folder/results.jsonl."""
+    cuda = device.type == "cuda"
+    hardware = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    command = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty=+"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    row |= {"hardware": hardware, "torch": torch.__version__, "commit": commit}
+    row["command"] = " ".join(["python", *sys.argv])
+    with open(pathlib.Path(folder) / "results.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+# ------------------------------------------------------------ files
+
 
 def save(content, path):
-    """torch.save beside `path`, then rename: a kill never leaves half a file. Raises UserError."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write(buffer.getvalue(), path)
-
-
-def write(content, path):
-    """Write bytes beside `path`, then rename. Raises UserError where the folder or the disk refuses. What a killed
-    process left beside it goes away, when it is a minute old: a younger one may be another process at work."""
-    path = pathlib.Path(path)
+    """Write bytes, or anything else by torch.save, beside `path`, then rename. Raises UserError."""
+    path, buffer = pathlib.Path(path), io.BytesIO()
+    if isinstance(content, bytes):
+        buffer.write(content)
+    else:
+        torch.save(content, buffer)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > 60:
-                    left.unlink()
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        beside.write_bytes(buffer.getvalue())
         os.replace(beside, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        advice = "free some space or " * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) + "take another folder"
-        raise UserError(f"{path} cannot be written ({error.strerror}): {advice}; what was written before is whole") from None
-
-
-def append_line(text, path):
-    """Add one line to a text file, in one write. Raises UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): free some space or take another --out") from None
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def load(path, what):
-    """torch.load(weights_only=True) of one of our files. Raises UserError where it is missing, broken or foreign."""
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"{path} does not exist: give the path of {what}")
+    """torch.load(weights_only=True) onto the CPU. Raises UserError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(content, dict)
-        return content
-    except Exception:  # pickle, zip and tensors fail in many ways
-        advice = "give another file" if what == "a distilled file" else "remove it or give another file"
-        raise UserError(f"{path} cannot be read as {what}: it is broken or another program's; {advice}") from None
+        return torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the path of {what}") from None
+    except Exception:
+        raise UserError(f"{path} is broken or not {what}: remove it or give another") from None
 
 
-def save_distilled(path, data, method, per_class, tensors, step_size, settings, seconds, seed, protocol=PROTOCOL):
-    """Write a distilled file: everything that is needed to use it. `tensors` {name: tensor} is what is stored and
-    counted (labels are not, as in the papers); `step_size` is the learned learning rate or None; `protocol` the one to
-    train with. Raises UserError."""
-    stored = sum(t.numel() for name, t in tensors.items() if t.is_floating_point() and name != "labels")
-    network = protocol["network"](data.shape, len(data.classes))
-    constants = (None, None) if data.preprocess.whiten is not None else (
-        v.flatten().tolist() for v in (data.preprocess.mean, data.preprocess.std))
+def output_path(method, args):
+    """Path of the distilled file, e.g. out/dm_cifar10_ipc10.pt. Raises UserError."""
+    budget = f"bpc{args.bpc}" if hasattr(args, "bpc") else f"ipc{args.ipc}"
+    suffix = f"_seed{args.seed}" if args.seed else ""
+    name = f"{method}_{pathlib.Path(args.dataset).name}_{budget}{suffix}.pt"
+    path = pathlib.Path(args.out) / name
+    save(b"", path.with_suffix(".tmp"))  # fails now if the folder cannot be written
+    path.with_suffix(".tmp").unlink()
+    return path
+
+
+def save_distilled(path, data, args, tensors, run, step_size=None):
+    """Write what is needed to use a distilled set -> its content, a dict.
+
+    tensors: {name: tensor} to store, counted except for labels. step_size: learning rate to train
+    with; None: the protocol's.
+    """
+    stored = sum(t.numel() for name, t in tensors.items() if name != "labels")
     distilled = {
-        "format": "distilled 1", "method": method, "dataset": data.name, "classes": data.classes,
-        "shape": list(data.shape), "per_class": per_class, "stored_per_class": stored / len(data.classes),
-        "preprocess": data.preprocess.kind, "fingerprint": data.preprocess.fingerprint,
-        **dict(zip(("mean", "std"), constants)),
-        "augmentation": f"DSA: one of {' '.join(t for t in protocol['augment'] if data.flip or t != 'flip')} a batch"
-        if protocol["augment"] else "none",
-        "step_size": step_size, "network": f"{network.kind}{network.depth}",
-        "settings": settings, "iterations": settings["iterations"], "seconds": round(seconds, 1), "seed": seed,
-        "torch": str(torch.__version__), **{name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}}
+        "method": pathlib.Path(inspect.getfile(type(args))).stem,
+        "dataset": data.name,
+        "classes": data.classes,
+        "shape": list(data.shape),
+        "per_class": args.per_class,
+        "stored_per_class": stored / len(data.classes),
+        "preprocess": data.preprocess.kind,
+        "fingerprint": data.preprocess.fingerprint,
+        "mean": data.preprocess.mean.cpu(),
+        "std": data.preprocess.std.cpu(),
+        "step_size": step_size,
+        "settings": asdict(args),
+        "iterations": args.iterations,
+        "seconds": round(run.seconds, 1),
+        "evaluations": run.evaluations,
+    }
+    distilled |= {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     save(distilled, path)
+    print(f"wrote {path}")
     return distilled
 
 
-def load_distilled(path):
-    """Read a distilled file -> dict. Raises UserError where it is missing, broken or foreign."""
-    distilled = load(path, "a distilled file")
-    needed = {"method", "dataset", "classes", "shape", "per_class", "stored_per_class", "preprocess", "fingerprint",
-              "step_size", "network", "settings", "iterations", "seconds", "seed"}
-    if distilled.get("format") != "distilled 1" or not needed <= distilled.keys():
-        raise UserError(f"{path} is not a distilled file of this project: give one that mtt.py, haba.py, ... wrote")
-    return distilled
-
-
-def save_picture(path, data, images, per_row):
-    """A PNG of preprocessed images (n, c, h, w), `per_row` in a row: whitening undone, clamped to [0, 1]."""
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
-    scale = max(1, 64 // data.shape[-1])
-    pixels = data.preprocess.undo(images.detach().to(data.device)).clamp(0, 1).cpu()
-    pixels = F.interpolate(pixels, scale_factor=scale, mode="nearest")
+def save_grid(path, data, images, columns):
+    """A PNG of images (n, c, h, w), `columns` in a row; whitening is undone."""
+    pixels = data.preprocess.undo(images.detach()).clamp(0, 1)
+    pixels = F.interpolate(pixels, scale_factor=max(1, 64 // data.shape[-1])).cpu()
     buffer = io.BytesIO()
-    to_pil_image(make_grid(pixels, nrow=per_row, padding=2, pad_value=1)).save(buffer, format="PNG")
-    write(buffer.getvalue(), path)
+    torchvision.utils.save_image(pixels, buffer, format="png", nrow=columns, pad_value=1)
+    save(buffer.getvalue(), path)
 
 
-# ------------------------------------------------------------------------------------------ long work
+# ------------------------------------------------------------ long work
+
 
 class Progress:
-    """A line on stderr with the count, the rate and the time left; `text` is called only when it is shown."""
+    """A line on stderr: count, rate, time left."""
 
     def __init__(self, total, what):
-        self.total, self.what, self.done, self.fresh = total, what, 0, 0
+        self.total, self.what, self.done, self.skipped = total, what, 0, 0
         self.began = self.shown = time.time()
-        self.every = 1 if sys.stderr.isatty() else 20
 
-    def skip(self, steps):
-        """Count steps that an earlier run did: they tell nothing of the rate."""
-        self.done += steps
+    def skip(self, count):
+        """Count work of an earlier run, which does not enter the rate."""
+        self.done, self.skipped = self.done + count, self.skipped + count
 
-    def __call__(self, steps=1, text=lambda: ""):
-        self.done, self.fresh = self.done + steps, self.fresh + steps
-        if time.time() - self.shown >= self.every:
-            self.show(text())
-
-    def show(self, text=""):
-        self.shown = time.time()
-        rate = self.fresh / max(self.shown - self.began, 1e-9)
-        left = (self.total - self.done) / rate if rate else 0
-        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
-        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate if rate else 0:.1f} s each"
-        start, end = ("\r\x1b[K", "") if self.every == 1 else ("", "\n")
-        print(f"{start}{self.what} {self.done}/{self.total}  {speed}  {clock} left  {text}", end=end,
-              file=sys.stderr, flush=True)
-
-    def end(self):
-        """Close the line, with the time it took."""
-        if self.fresh:
-            start, end = ("\r\x1b[K", "\n") if self.every == 1 else ("", "\n")
-            print(f"{start}{self.what} {self.done}/{self.total}  done in {time.time() - self.began:.0f} s", end=end,
-                  file=sys.stderr, flush=True)
+    def step(self, text=lambda: ""):
+        self.done += 1
+        now, terminal = time.time(), sys.stderr.isatty()
+        if now - self.shown < (1 if terminal else 20) and self.done < self.total:
+            return
+        self.shown = now
+        each = (now - self.began) / (self.done - self.skipped)
+        left = time.strftime("%H:%M:%S", time.gmtime(each * (self.total - self.done)))
+        line = f"{self.what} {self.done}/{self.total}  {each:.3g} s each  {left} left  {text()}"
+        end = "\r" if terminal and self.done < self.total else "\n"
+        print(f"{line:<79}", end=end, file=sys.stderr, flush=True)
 
 
-def iterations(total, path, settings, state, watch, every=60):
-    """Yield the iteration numbers of a distillation that can be killed: `for it in iterations(...)`.
+class Run:
+    """The checkpoint of a distillation that can be stopped and continued.
 
-    state: {name: tensor, Module or Optimizer}, read from the checkpoint `path` in place when there is one and
-    written to it every `every` seconds, at the end and on Ctrl-C (which waits for the iteration under way).
-    watch: {"loss": 0-d tensor, "seconds": float}, the caller's: the loss is looked at only when it is shown, so
-    that a GPU is not waited for; seconds of work add up over runs. Every loss is in the checkpoint, for evaluate.py
-    --curves. Raises UserError where a checkpoint belongs to other settings or the loss is not finite, and then keeps the
-    last good checkpoint."""
-    done, spent, interrupted, losses = 0, 0.0, [], []
-    if pathlib.Path(path).exists():
-        stored = load(path, "a checkpoint")
-        if stored.get("settings") != settings:
-            old = stored.get("settings") or {}
-            other = [f"{k} {old.get(k)!r} there, {v!r} here" for k, v in settings.items() if old.get(k) != v]
-            raise UserError(f"{path} is a checkpoint of other settings ({'; '.join(other) or 'more there'}): remove it "
-                            "or take another --out")
-        done, spent = stored["iteration"], stored["seconds"]
-        losses.append(stored.get("losses", torch.full((done,), math.nan)))
-        if done > total:
-            raise UserError(f"{path} is at iteration {done} already, past --iterations {total}: remove it or take "
-                            "another --out")
-        for name, value in state.items():
+    state: {name: tensor, module or optimizer}, restored in place if there is a checkpoint.
+    evaluate() -> accuracy, every args.eval_every iterations. experts: checked to be the same.
+    `iterations` may differ when a run is continued, the other settings not. Raises UserError.
+    """
+
+    KEPT = ("settings", "done", "seconds", "evaluations", "losses")
+
+    def __init__(self, path, data, args, state, evaluate=None, experts=None):
+        self.path, self.args, self.state = path.with_suffix(".ckpt"), args, state
+        self.evaluate, self.interrupted = evaluate, False
+        free = ("data_dir", "device", "out", "iterations", "runs", "epochs")
+        self.settings = {key: value for key, value in asdict(args).items() if key not in free}
+        self.settings["data"] = data.preprocess.fingerprint
+        self.settings["experts"] = None if experts is None else experts.norm().item()
+        self.done, self.seconds, self.evaluations, self.losses = 0, 0.0, [], []
+        if self.path.exists():
+            self.restore(load(self.path, "a checkpoint"))
+        self.start = self.done
+        self.progress = Progress(args.iterations, "iterations")
+        self.progress.skip(self.start)
+        self.saved = time.time()
+        self.began = self.saved - self.seconds
+        self.handler = signal.signal(signal.SIGINT, self.interrupt)
+
+    def restore(self, stored):
+        wrong = [k for k, v in self.settings.items() if stored["settings"].get(k) != v]
+        if wrong or stored["done"] > self.args.iterations:
+            reason = ", ".join(wrong or ["iterations"])
+            raise UserError(f"{self.path} differs in {reason}: remove it or use another --out")
+        for name in self.KEPT:
+            setattr(self, name, stored[name])
+        for name, value in self.state.items():
             if isinstance(value, torch.Tensor):
-                with torch.no_grad():
-                    value.copy_(stored["state"][name])
+                value.data.copy_(stored["state"][name])
             else:
                 value.load_state_dict(stored["state"][name])
-    began, saved, progress = time.time(), time.time(), Progress(total, "iterations")
-    watch["seconds"] = spent
-    progress.skip(done)
 
-    def checkpoint(iteration):
-        loss = float(watch["loss"])
-        learned = [t for v in state.values() if not isinstance(v, torch.optim.Optimizer)
-                   for t in (v.parameters() if isinstance(v, nn.Module) else [v])]
-        if not math.isfinite(loss) or not all(t.isfinite().all() for t in learned):
-            raise UserError(f"the loss is not finite at iteration {iteration} (loss {loss}): take smaller learning "
-                            f"rates and another --out; {path} still holds the last good state if it was written")
-        kept = {name: v.detach().cpu() if torch.is_tensor(v) else v.state_dict() for name, v in state.items()}
-        watch["seconds"] = spent + time.time() - began
-        losses[:] = [torch.cat([part.float().cpu() for part in losses])]
-        save({"settings": settings, "iteration": iteration, "seconds": watch["seconds"], "losses": losses[0],
-              "state": kept}, path)
+    def interrupt(self, *_):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.handler)  # a second Ctrl-C stops at once
 
-    def on_interrupt(*_):
-        if interrupted:
-            raise KeyboardInterrupt
-        interrupted.append(True)
-        print("\nstopping after this iteration (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+    def step(self, it, loss):
+        """Show progress; save once a minute, at the end and on Ctrl-C."""
+        self.done = it + 1
+        self.progress.step(lambda: f"loss {loss.item():.4f}")
+        if self.args.eval_every and self.done % self.args.eval_every == 0:
+            self.evaluations.append((self.done, round(self.evaluate(), 2)))
+        last = self.done == self.args.iterations
+        if last or self.interrupted or time.time() - self.saved >= 60:
+            self.save(loss.item())
+        if last:
+            signal.signal(signal.SIGINT, self.handler)
+        elif self.interrupted:
+            raise KeyboardInterrupt(f"stopped after {self.done} iterations: repeat to continue")
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        for iteration in range(done, total):
-            yield iteration
-            losses.append(watch["loss"].detach().flatten())
-            progress(1, lambda: f"loss {float(watch['loss']):.4f}")
-            if time.time() - saved >= every or iteration + 1 == total or interrupted:
-                checkpoint(iteration + 1)
-                saved = time.time()
-            if interrupted:
-                raise UserStop(f"stopped at iteration {iteration + 1} of {total}, kept in {path}: the same command "
-                               "goes on from there")
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    progress.end()
-
-
-class UserStop(Exception):
-    """Ctrl-C after a checkpoint was written; `run` prints the message and exits with status 130."""
-
-
-# ------------------------------------------------------------------------------------------ command line
-
-def positive(text):
-    """An argparse type: an integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
-
-
-def amount(text):
-    """An argparse type: a number from 0 to what float32 holds."""
-    if not 0 <= float(text) <= 1e30:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1e30")
-    return float(text)
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Short enough for --help to fit a screen."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=112)
-
-    def _format_usage(self, usage, actions, groups, prefix):
-        return f"usage: python {self._prog} [--flag value ...]\n\n"
-
-
-def add_arguments(parser, per_class="ipc", symbol="images a class", several=False):
-    """The flags that every method has. several: a list of budgets."""
-    parser.description += " In brackets: the paper's values for CIFAR-10."
-    add = parser.add_argument
-    add("--dataset", default="glyphs", help="glyphs (drawn here), a folder, cifar10, mnist, ... (glyphs)")
-    add("--data-dir", default="data", help="data sets, caches and experts live here (data)")
-    add("--size", type=positive, help="resize and crop a folder's pictures to a square of this side")
-    add(f"--{per_class}", type=positive, help=symbol + " (1)", **dict(nargs="+", default=[1]) if several else dict(default=1))
-    add("--seed", type=int, default=0, help="everything random follows from it (0)")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--out", default="out", help="folder for the distilled file, its picture, results.jsonl (out)")
-    add_scoring_arguments(parser)
-
-
-def add_scoring_arguments(parser):
-    """--runs and --epochs of a score."""
-    parser.add_argument("--runs", type=positive, default=5, help="networks trained for the score (5)")
-    parser.add_argument("--epochs", type=positive, help="epochs of each of them (1000; KFS: 200)")
-
-
-def add_trajectory_arguments(parser, iterations):
-    """The flags of the methods that match trajectories; what is not given comes from their tables."""
-    add = parser.add_argument
-    add("--iterations", type=positive, help=f"distillation iterations ({iterations})")
-    add("--experts", type=positive, help="expert trajectories; trained when they are missing (100)")
-    add("--student-steps", type=positive, help="N: student steps an iteration")
-    add("--expert-epochs", type=positive, help="M: expert epochs that these N steps are to match")
-    add("--max-start", type=positive, help="T+: the last epoch t that a student starts from")
-    add("--step-size", type=amount, help="alpha at the start; learned, and used to train with afterwards")
-    add("--compile", action="store_true", default=None, help="compile the student's steps: wants a C++ compiler (off)")
-
-
-def merge_settings(settings, args):
-    """The table's settings with what the command line gives in their place."""
-    given = {name: value for name, value in vars(args).items() if name in settings and value is not None}
-    return settings | given | {"size": args.size}
-
-
-def output_path(method, args, budget):
-    """The path of the distilled file to be, e.g. out/dm_cifar10_ipc10.pt; budget: "ipc10". Raises UserError now, not
-    after hours, where its folder cannot be written."""
-    seed = f"_seed{args.seed}" if args.seed else ""
-    probe = pathlib.Path(args.out) / f".probe{os.getpid()}"
-    write(b"", probe)
-    probe.unlink()
-    return probe.with_name(f"{method}_{pathlib.Path(args.dataset).name}_{budget}{seed}.pt")
-
-
-def run(main):
-    """Call main() for the command line: mistakes end with one line and status 2, Ctrl-C with 130."""
-    program = pathlib.Path(sys.argv[0]).name
-    try:
-        main()
-    except UserError as error:
-        sys.exit(complain(program, error, 2))
-    except UserStop as stop:
-        sys.exit(complain(program, stop, 130))
-    except KeyboardInterrupt:
-        sys.exit(complain(program, "stopped; the files that were written are whole, the same command goes on from them", 130))
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        sys.exit(complain(program, "out of memory: take fewer images a class or a larger device", 2))
-
-
-def complain(program, text, status):
-    print(f"\n{program}: {text}", file=sys.stderr, flush=True)
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit("common.py holds what the methods share; run one of them, e.g. python haba.py --help")
+    def save(self, loss):
+        """Write the checkpoint, and the losses so far as <stem>.csv."""
+        tensors = [value for value in self.state.values() if torch.is_tensor(value)]
+        if not math.isfinite(loss) or not all(t.isfinite().all() for t in tensors):
+            raise UserError(f"not finite at iteration {self.done}: use smaller learning rates")
+        self.saved = time.time()
+        self.seconds = self.saved - self.began
+        self.losses.append((self.done, loss, round(self.seconds, 1)))
+        state = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in self.state.items()}
+        save({name: getattr(self, name) for name in self.KEPT} | {"state": state}, self.path)
+        rows = ["iteration,loss,seconds"] + [f"{n},{loss},{s}" for n, loss, s in self.losses]
+        save("\n".join(rows).encode(), self.path.with_suffix(".csv"))

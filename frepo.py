@@ -1,183 +1,183 @@
-"""FRePo: dataset distillation using neural feature regression (Zhou, Nezhadarya & Ba, NeurIPS 2022; survey Sec. 3.2).
+"""FRePo: dataset distillation using neural feature regression (Zhou et al., NeurIPS 2022).
 
-    python frepo.py                                 # glyphs, drawn here: minutes on a CPU
-    python frepo.py --dataset cifar10 --ipc 10      # the paper's experiment: 500000 iterations
+Training on the synthetic set is cut down to the last layer, which kernel ridge regression solves in
+closed form. With features f of a network, synthetic images X_s and learned labels y_s, and a real
+batch X_t with labels y_t,
 
-Training a network on the synthetic set is cut down to its last layer: its features are held fixed and the layer is
-solved by kernel ridge regression, in closed form and differentiable. With features f of a network, synthetic images
-X_s with learned labels y_s, and a batch of real images X_t with labels y_t,
+    L = 1/2 || y_t - K_ts (K_ss + lambda I)^-1 y_s ||^2,  K_ab = f(X_a) f(X_b)^T    (survey Eq. 17)
 
-    L = 1/2 || y_t - K_ts (K_ss + lambda I)^-1 y_s ||^2,     K_ab = f(X_a) f(X_b)^T          (survey Eq. 17)
+The features come from a pool of networks that train on the synthetic set as it is now. Each
+iteration draws one, updates X_s and y_s, and gives the network a step of its own (Eq. 18); after
+100 steps it is replaced by a random one. So the pool covers all stages of training. The distilled
+images and soft labels train a fresh network of this kind by squared error.
 
-The features come from a pool of networks that train on the synthetic set as it is: one is drawn in every iteration,
-takes one step of its own (Eq. 18), and is thrown away after 100 of them. So the synthetic set meets networks of all
-ages. Used afterwards, images and soft labels train a fresh network, by squared error.
+    python frepo.py                                # glyphs, drawn here: minutes on a CPU
+    python frepo.py --dataset cifar10 --ipc 1      # the paper: 500,000 iterations, 46.8 +- 0.7 %
 
-What the paper leaves open, as it is done here: batch norm in the pool takes the statistics of the batch at hand,
-those of real and of synthetic images apart; a network's own step sees no mirror images and no augmentation; weights
-start as LeCun's normal distribution, not truncated; L is a mean over the real images.
-
-Measured (short run, 300 of the paper's 500,000 iterations): 42.3 +- 0.9 % on CIFAR-10 with --ipc 1 --lr 0.01
---iterations 300 --batch-real 512; the paper has 46.8. See the README.
+Not as in the authors' JAX code: no batch norm in the pool (there it follows the pooling; their
+PyTorch branch has none), torch's initialization (theirs: LeCun's), a mean over real images in L.
 """
-import argparse
+
 import math
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 import common
 
-METHOD = "frepo"
-PROTOCOL = common.frepo_protocol  # how a result is scored
 
-# The authors' settings, the same for all of their data sets. zca: whitened after standardising ("trace"). lr, lr_end:
-# LAMB's at the start and, after a cosine, at the end, as a share. batch_real: real images an iteration. ridge: lambda in
-# parts of trace(K_ss) / n. pool: networks; max_age: steps after which one is thrown away; lr_pool: Adam's for them.
-# mirror: X_s and its mirror images go in together (not for digits). weight_margin: of the hinge on labels.
-ROW = dict(zca="trace", iterations=500000, lr=3e-4, lr_end=0.1, batch_real=1024, ridge=1e-6, pool=10, max_age=100,
-           lr_pool=3e-4, weight_margin=1.)
-SETTINGS = {("cifar10", 1): ROW}
-SETTINGS[("glyphs", 1)] = ROW | dict(iterations=150, lr=0.01, batch_real=256, pool=4, max_age=30)  # a short run
+@dataclass
+class Args(common.Args):
+    # synthetic images a class
+    ipc: int = 1
+    # iterations of the distillation
+    iterations: int = 500000
+    # whiten the images
+    zca: bool = True
+    # learning rate of images and labels (LAMB), falling to a tenth by a cosine
+    lr: float = 3e-4
+    # real images in an iteration, |X_t|
+    batch_real: int = 1024
+    # lambda, in units of trace(K_ss) / n
+    ridge: float = 1e-6
+    # networks in the pool
+    pool: int = 10
+    # steps after which a network is replaced
+    max_age: int = 100
+    # learning rate of the networks (Adam)
+    lr_pool: float = 3e-4
+    # synthetic images in a step of a network, at most
+    batch_pool: int = 500
+    # use mirror images of the synthetic images as well
+    mirror: bool = True
+    # weight of the hinge on the labels' margin
+    weight_margin: float = 1.0
+
+    whitening = "zca-trace"
+
+
+PRESETS = {
+    ("cifar10", 1): dict(),
+    ("cifar10", 100): dict(batch_pool=1000),
+    ("cifar100", 1): dict(),
+    ("cifar100", 10): dict(mirror=False, batch_pool=1000),
+    ("tinyimagenet", 1): dict(),
+    ("tinyimagenet", 10): dict(mirror=False, batch_pool=1000),
+    ("mnist", 1): dict(zca=False),
+    ("fashionmnist", 1): dict(zca=False),
+    ("glyphs", 1): dict(
+        zca=False, iterations=150, lr=0.01, batch_real=256, pool=4, max_age=30, runs=3, epochs=300
+    ),
+}
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020) without weight decay: Adam's update, scaled so that a tensor moves by the share lr of its
-    norm in a step."""
+    """LAMB (You et al. 2020) without weight decay: Adam's update, rescaled to lr times the norm of
+    the tensor."""
 
-    def __init__(self, parameters, lr, betas=(0.9, 0.999), eps=1e-6):
-        super().__init__(parameters, dict(lr=lr, betas=betas, eps=eps))
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            first, second = group["betas"]
+            beta1, beta2 = group["betas"]
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
                 state["step"] += 1
-                mean, square = state["mean"].lerp_(p.grad, 1 - first), state["square"].lerp_(p.grad ** 2, 1 - second)
-                update = mean / (1 - first ** state["step"])
-                update /= (square / (1 - second ** state["step"])).sqrt() + group["eps"]
-                size, length = p.norm(), update.norm()
-                trust = torch.where((size > 0) & (length > 0), size / length, 1)
+                mean = state["mean"].lerp_(p.grad, 1 - beta1) / (1 - beta1 ** state["step"])
+                square = state["square"].lerp_(p.grad**2, 1 - beta2) / (1 - beta2 ** state["step"])
+                update = mean / (square.sqrt() + group["eps"])
+                trust = p.norm() / update.norm()
+                trust = torch.where(trust.isfinite() & (trust > 0), trust, 1.0)
                 p -= group["lr"] * trust * update
 
 
-def margin_loss(labels):
-    """The hinge that keeps labels (n, C) telling: minus the margin between the two largest, which counts up to 1 / C."""
-    largest = labels.topk(2).values
-    return -(largest[:, 0] - largest[:, 1]).clamp(max=1 / labels.shape[1]).mean()
-
-
-def pool_step(net, optimizer, images, labels):
-    """Eq. (18): one step of a network of the pool on the synthetic set (at most 500 images of it), squared error."""
-    optimizer.zero_grad()  # leaves the other networks without a gradient: Adam passes them over
-    (common.squared_error(net(images), labels) / len(images)).backward()
-    optimizer.step()
-
-
-def renew(net, optimizer, *key):
-    """Replace a network of the pool by a random one that depends on `key` alone, and forget its Adam state."""
-    common.start_anew(net, *key)
-    for p in net.parameters():
-        optimizer.state.pop(p, None)
-
-
-def distill(data, ipc, settings, seed, checkpoint):
-    """Distil `data` into ipc images a class with soft labels -> (tensors to store, seconds of work).
-
-    checkpoint: a path; a run that was killed goes on from it. Raises common.UserError as common.iterations does."""
-    classes, device, steps = len(data.classes), data.device, settings["iterations"]
-    images, numbers = data.random_real(ipc, seed, "images")  # synthetic images start from real ones
-    labels = common.centre_labels(numbers, classes)          # and their labels from one-hot - 1 / C
+def distill(data, args, path):
+    """Distill `data` into args.ipc images and soft labels a class -> content of the file `path`."""
+    classes = len(data.classes)
+    images, numbers = data.sample(
+        args.ipc, args.seed, "start"
+    )  # synthetic images start as real ones
+    labels = common.center_labels(numbers, classes, math.sqrt(classes / 10))
     images.requires_grad_()
     labels.requires_grad_()
-    lamb = Lamb([images, labels], settings["lr"])
-    pool = nn.ModuleList(common.start_anew(common.FRePoNet(data.shape, classes, norm=True).to(device), seed, "pool", k)
-                         for k in range(settings["pool"]))
-    adam = torch.optim.Adam(pool.parameters(), lr=settings["lr_pool"])
-    ages = torch.arange(len(pool)) * settings["max_age"] // len(pool)  # on the host; the first go one after another
-    watch = {"loss": torch.zeros(())}
+    optimizer = Lamb([images, labels], args.lr)
+    decay = partial(common.cosine, steps=args.iterations)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+    networks = [
+        common.ConvNet(data.shape, classes, norm=False, double=True) for _ in range(args.pool)
+    ]
+    pool = nn.ModuleList(networks).to(data.device)
+    pool_optimizer = torch.optim.Adam(pool.parameters(), lr=args.lr_pool)
+    for k, net in enumerate(pool):
+        net.reset(args.seed, "pool", k)
+    # The first networks have shorter lives, so that they are not all replaced at once.
+    ages = torch.arange(args.pool) * args.max_age // args.pool
 
-    same = common.identity(METHOD, data, ipc, settings, seed) | {"iterations": steps}  # the cosine hangs on it
-    state = {"images": images, "labels": labels, "lamb": lamb, "pool": pool, "adam": adam, "ages": ages}
-    for it in common.iterations(steps, checkpoint, same, state, watch):
-        k = common.hash_int((seed, "member", it)) % len(pool)
+    state = {"images": images, "labels": labels, "optimizer": optimizer, "schedule": schedule}
+    state |= {"pool": pool, "pool_optimizer": pool_optimizer, "ages": ages}
+    distilled_set = (images.detach()[None], labels.detach(), protocol(None, len(images)))
+    evaluate = partial(common.train_and_test, data, *distilled_set, args)
+    run = common.Run(path, data, args, state, evaluate)
+    for it in range(run.start, args.iterations):
+        key = (args.seed, it)
+        k = common.hash_int(*key, "network") % args.pool
         net = pool[k].requires_grad_(False)
-        index = torch.randint(len(data.train), (min(settings["batch_real"], len(data.train)),),
-                              generator=common.rng(seed, "real", it, device=device), device=device)
-        real_features = common.features(net, data.train[index])                            # f(X_t), no graph
-        real_labels = common.targets(data.train_labels[index], classes)
 
-        both, both_labels = images, labels
-        if data.flip:
-            both, both_labels = torch.cat([images, images.flip(3)]), torch.cat([labels, labels])
-        loss = common.nfr_loss(net.features(both), both_labels, real_features, real_labels, settings["ridge"])  # Eq. (17)
-        share = (1 + math.cos(math.pi * it / steps)) / 2
-        lamb.param_groups[0]["lr"] = settings["lr"] * (settings["lr_end"] + (1 - settings["lr_end"]) * share)
-        lamb.zero_grad()
-        (loss + settings["weight_margin"] * margin_loss(labels)).backward()
-        lamb.step()
-        watch["loss"] = loss.detach()
+        # Eq. 17: ridge regression from the synthetic features to the real ones
+        real, real_labels = data.batch(args.batch_real, *key, "real")
+        with torch.no_grad(), common.autocast(data.device):
+            target = net.features(real).float()
+        support, support_labels = images, labels
+        if args.mirror and data.flip:
+            support, support_labels = torch.cat([images, images.flip(3)]), labels.repeat(2, 1)
+        truth = common.center_labels(real_labels, classes)
+        loss = common.nfr_loss(net.features(support), support_labels, target, truth, args.ridge)
+        optimizer.zero_grad()
+        (loss + args.weight_margin * common.margin_loss(labels)).backward()
+        optimizer.step()
+        schedule.step()
 
-        net.requires_grad_(True)                                                           # the network grows older
-        some = common.student_batch(len(images), 500, 0, seed, "pool", it, device=device)
-        pool_step(net, adam, images.detach()[some], labels.detach()[some])
+        # Eq. 18: a step of the network on the synthetic set; old networks are replaced
+        net.requires_grad_(True)
+        index = common.student_indices(len(images), args.batch_pool, 0, *key, device=data.device)
+        pool_optimizer.zero_grad()  # the other networks keep None as gradient and are skipped
+        common.half_square(net(images.detach()[index]), labels.detach()[index]).backward()
+        pool_optimizer.step()
         ages[k] += 1
-        if ages[k] >= settings["max_age"]:
-            renew(net, adam, seed, "renewed", it)
+        if ages[k] >= args.max_age:
+            net.reset(*key, "replace")
+            for p in net.parameters():
+                del pool_optimizer.state[p]
             ages[k] = 0
-    return {"images": images.detach(), "labels": labels.detach()}, watch["seconds"]
+        run.step(it, loss)
+
+    return common.save_distilled(path, data, args, {"images": images, "labels": labels}, run)
 
 
-def distill_to_file(path, data, ipc, settings, seed, data_dir=None):  # nothing is kept under data_dir
-    """The whole run: distillation (its checkpoint beside `path`), distilled file `path`, whose settings tell of its
-    labels too -> what the file holds. Raises common.UserError."""
-    tensors, seconds = distill(data, ipc, settings, seed, path.with_suffix(".ckpt"))
-    settings = settings | label_report(tensors["labels"], ipc)
-    return common.save_distilled(path, data, METHOD, ipc, tensors, None, settings, seconds, seed,
-                                 PROTOCOL(len(tensors["images"])))
+def decode(distilled, device="cpu"):
+    """The images of a distilled file (1, n, c, h, w) and their soft labels (n, C)."""
+    return distilled["images"].to(device)[None], distilled["labels"].to(device)
 
 
-sampler = common.image_sampler  # what common.score draws batches from
-
-
-def label_report(labels, ipc):
-    """How soft labels (C * ipc, C) in class order have moved -> dict(labels_moved: root mean square over all numbers;
-    label_margin: the mean of the largest minus the next; labels_kept: share whose largest is still their class)."""
-    numbers = torch.arange(labels.shape[1], device=labels.device).repeat_interleave(ipc)
-    largest = labels.topk(2).values
-    found = {"labels_moved": (labels - common.centre_labels(numbers, labels.shape[1])).square().mean().sqrt(),
-             "label_margin": (largest[:, 0] - largest[:, 1]).mean(),
-             "labels_kept": (labels.argmax(1) == numbers).float().mean()}
-    return {name: round(value.item(), 4) for name, value in found.items()}
+def protocol(settings, count):
+    """FRePo's training protocol for `count` images."""
+    return common.frepo_protocol(count)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Distil a data set by neural feature regression (FRePo).",
-                                     formatter_class=common.HelpFormatter)
-    common.add_arguments(parser, "ipc", "synthetic images a class")
-    add = parser.add_argument
-    add("--iterations", type=common.positive, help="distillation iterations (500000)")
-    add("--lr", type=common.amount, help="learning rate of images and labels, LAMB (0.0003; more for a short run)")
-    add("--batch-real", type=common.positive, help="real images an iteration (1024)")
-    add("--ridge", type=common.amount, help="lambda, in parts of trace(K) / n (1e-6)")
-    add("--pool", type=common.positive, help="networks in the pool (10)")
-    add("--max-age", type=common.positive, help="steps after which a network of the pool is thrown away (100)")
-    add("--lr-pool", type=common.amount, help="learning rate of the pool's networks, Adam (0.0003)")
-    add("--weight-margin", type=common.amount, help="weight of the hinge on the labels' margin (1)")
-    args = parser.parse_args()
-    settings = common.merge_settings(common.settings_for(SETTINGS, args.dataset, args.ipc), args)
-
-    path = common.output_path(METHOD, args, f"ipc{args.ipc}")
-    data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
-    distilled = distill_to_file(path, data, args.ipc, settings, args.seed)
-    print(", ".join(f"{name} {distilled['settings'][name]}" for name in ("labels_moved", "label_margin", "labels_kept")))
-    common.save_picture(path.with_suffix(".png"), data, distilled["images"], per_row=min(args.ipc, 10))
-    print(f"wrote {path} and {path.with_suffix('.png')}")
-    common.score(data, distilled, *sampler(distilled, data.device), args.out, args.epochs, args.runs, args.seed, PROTOCOL)
+    args = common.parse_args(Args, PRESETS)
+    path = common.output_path("frepo", args)
+    data = common.load_dataset(args)
+    distilled = distill(data, args, path)
+    images, labels = decode(distilled, data.device)
+    common.save_grid(path.with_suffix(".png"), data, images[0], columns=min(args.ipc, 10))
+    common.score(data, distilled, images, labels, protocol(None, len(labels)), args)
 
 
 if __name__ == "__main__":

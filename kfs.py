@@ -1,402 +1,342 @@
-"""KFS: dataset condensation with latent space knowledge factorization and sharing (Lee, Lee & Hwang 2022).
+"""KFS: condensation with latent space knowledge factorization and sharing (Lee et al. 2022).
 
-    python kfs.py                                             # glyphs, drawn here: minutes on a CPU
-    python kfs.py --dataset cifar10 --ipc 1 --real-means 24 --iterations 800 --drops 600 740     # half an hour on a CPU
-    python kfs.py --dataset cifar10 --ipc 1                   # the paper's experiment: 20000 iterations, a GPU
+In place of images, KFS stores M small latent codes theta_cm a class and D tiny decoders phi_d that
+all classes share. Any code through any decoder is a training image: M x D images a class for the
+storage of a few. Both are learned by matching distributions over the full real and synthetic sets:
+with g(x) the features of a ConvNet with random parameters, new ones in each iteration,
 
-In place of images, KFS stores small latent codes (M a class) and D tiny decoders that all classes share. Any code
-through any decoder is a training image: M x D images a class for the storage of a few. Both are learned together by
-matching distributions (DM, see dm.py), over all real and all synthetic images: with g(x) the features of a ConvNet
-with random parameters, new ones in every iteration,
+    L = 1/C sum_c 1/2 || 1/N sum_n g(x_cn) - 1/(D M) sum_dm g(f(theta_cm; phi_d)) ||^2     (Eq. 1)
 
-    L = 1/C sum_c 1/2 || 1/N sum_n g(x_cn) - 1/(DM) sum_d sum_m g(f(theta_cm; phi_d)) ||^2          (Eq. 1)
+A sample of the synthetic images gives a biased gradient (Eq. 2), a sample of the real images a
+noisy one (Eq. 3): --sample-decoders and --batch-real do both, to see the effect (Fig. 7).
 
-A sample of the synthetic images in the second mean gives a biased gradient (Eq. 2), a sample of the real images in
-the first a noisy one (Eq. 3); --sample-decoders and --batch-real do both, to see the effect (Fig. 7).
-Used afterwards, codes are decoded as they are needed and train a fresh network for 200 epochs of M x D images a class.
-
-Measured (short run): 57.9 +- 0.1 % on CIFAR-10 with the second command, scored with 3 networks; the paper has 59.8 after
-20,000 iterations. See the README.
+    python kfs.py                                              # glyphs: minutes on a CPU
+    python kfs.py --dataset cifar10 --ipc 1                    # the paper: 59.8 +- 0.5 %
+    python kfs.py --dataset cifar10 --ipc 1 --real-means 100   # reuse 100 networks: faster
 """
-import argparse
+
 import math
 import pathlib
-import time
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import vector_to_parameters
 
 import common
 
-METHOD = "kfs"
-# Appendix A: how a result is scored. (DSA, as for the field's other methods: the paper names no augmentation.)
-PROTOCOL = common.PROTOCOL | dict(epochs=200, drops=((133 / 200, 0.2), (166 / 200, 0.2)))
 
-# iterations, lr_codes, lr_decoders (Adam): appendix A. drops: iterations at which both rates fall to 0.2 of what they
-# were (CIFAR-100 in phases: 5000 15000). pretrain: steps; noise: on the copies of the pre-trained decoder, in parts of
-# the weights' root mean square. relu: between a decoder's layers (the tables print none). dsa: augment both sides in the
-# matching (Eq. 1 names none). real_means: K stored networks, 0: a new network in every iteration. batch_real,
-# sample_decoders, backprop: 0: all.
-PAPER = dict(zca=False, iterations=20000, lr_codes=.1, lr_decoders=.01, drops=(), pretrain=2000, noise=.1, relu=False,
-             dsa=False, real_means=0, batch_real=0, sample_decoders=0, backprop=0)
-# Appendix B. The paper matches and scores these subsets with ResNetAP-10; here it is the ConvNet.
-IMAGENET = dict(kernel=4, iterations=50000, lr_codes=.01, lr_decoders=.001, drops=(30000, 42000, 48000))
-SHORT = dict(decoders=4, iterations=60, pretrain=500, real_means=6)  # for glyphs
-
-
-def layout(shape, ipc):
-    """What is stored for images `shape` (c, h, w) and the storage of ipc images a class -> settings.
-
-    code: shape of a code; codes: M, as many as fit; decoders: D; channels: a decoder's, from the code's end on; kernel.
-    Sides are rounded up (what a decoder makes too large is cropped). The paper's Tables 6 and 9 are lost: it prints 16
-    codes of 12x4x4, 8 decoders 12-9-6-3 (Low-R, Table 4, 7) for one image of 3x32x32, and the rest is our choice within
-    the same storage: High-R (Table 5, 8) from 10 images a class on, D = 8 everywhere. Settings of Tables 1 and 3:
-
-        data set             images  code      M    decoder      overhead ("O-P.", the decoders)
-        SVHN, CIFAR-10          1    12x4x4    16   12-9-6-3 k2  19.2 %
-        SVHN, CIFAR-10         10    12x8x8    40   12-6-3   k2   1.0 %
-        SVHN, CIFAR-10         50    12x8x8   200   12-6-3   k2   0.2 %
-        CIFAR-100               1    12x4x4    16   12-9-6-3 k2   1.9 %
-        CIFAR-100              10    12x8x8    40   12-6-3   k2   0.1 %
-        Tiny ImageNet           1    12x8x8    16   12-9-6-3 k2   0.2 %
-        Tiny ImageNet          10    12x16x16  40   12-6-3   k2   0.0 %
-        ImageNet subsets, 224   1    12x28x28  16   12-9-6-3 k4   1.5 %
-        ImageNet subsets, 224  10    12x56x56  40   12-6-3   k4   0.1 %
-
-    (Sec. 3.1 counts 3131 numbers and less than 2 % for 8 decoders and 10 classes, which holds for 100; Sec. 4 counts
-    73.8, which is one decoder. It also prints 16 x 12 x 4 x 4 = 30720, which is 3072.)"""
-    c, h, w = shape
-    cell = 8 if ipc < 10 else 4
-    code = (4 * c, math.ceil(h / cell), math.ceil(w / cell))
-    row = dict(code=code, codes=max(1, ipc * math.prod(shape) // math.prod(code)), decoders=8, kernel=2,
-               channels=(3 * c, 2 * c) if cell == 8 else (2 * c,))
-    return row | (IMAGENET if h > 64 else {})
+@dataclass
+class Args(common.Args):
+    # storage, in images a class
+    ipc: int = 1
+    # iterations of the distillation
+    iterations: int = 20000
+    # learning rate of the codes (Adam)
+    lr_codes: float = 0.1
+    # learning rate of the decoders (Adam)
+    lr_decoders: float = 0.01
+    # iterations after which both rates are multiplied by 0.2
+    drops: tuple = ()
+    # codes of 1/4 of the side with decoders of two layers (High-R), not 1/8 and three (Low-R)
+    high_res: bool = False
+    # M: codes a class; 0: as many as fit into the storage
+    codes: int = 0
+    # D: decoders
+    decoders: int = 8
+    # steps of the auto-encoder that the first decoder comes from
+    pretrain: int = 2000
+    # K: networks to reuse, with stored real means; 0: a new one in each iteration
+    real_means: int = 0
+    # decoders in an iteration, biased (Eq. 2); 0: all
+    sample_decoders: int = 0
+    # real images a class in an iteration, noisy (Eq. 3); 0: all
+    batch_real: int = 0
+    # codes a class to backpropagate through, if memory is short (Sec. 3.2); 0: all
+    backprop: int = 0
+    # file of kfs.py whose decoders are kept: class-incremental learning (App. A)
+    fixed_decoders: str = ""
 
 
-def settings_of(name, shape, ipc):
-    """The settings for a data set's name, image shape and budget."""
-    return PAPER | layout(shape, ipc) | (SHORT if name == "glyphs" else {})
+PRESETS = {
+    ("cifar10", 1): {},
+    ("cifar10", 10): dict(high_res=True),
+    # App. B; the paper matches and scores these subsets with ResNetAP-10, here it is the ConvNet
+    ("imagenet10", 1): dict(iterations=50000, lr_codes=0.01, lr_decoders=0.001),
+    ("glyphs", 1): dict(iterations=60, decoders=4, pretrain=300, real_means=10, runs=3, epochs=60),
+}
+PRESETS["imagenet10", 1] |= dict(drops=(30000, 42000, 48000))
+PRESETS["imagenet10", 10] = PRESETS["imagenet10", 1] | dict(high_res=True)
 
 
 class Decoders(nn.Module):
-    """D decoders side by side (Table 4, 5, 7, 8): transposed convolutions of stride 2 and a sigmoid, which gives
-    pixels; then they are standardised with the data set's `mean` and `std` (lists).
+    """D decoders as the groups of grouped transposed convolutions (Tables 4, 5, 7, 8).
 
-    widths (c', ..., c): channels from the code to the image; size (h, w) of an image. 12 -> 9 -> 6 -> 3 with kernel 2
-    has 738 parameters a decoder."""
+    widths: channels from code to image, e.g. 12, 9, 6, 3: 738 parameters a decoder with kernel 2.
+    The tables print no nonlinearity between the layers, and a sigmoid at the end, which gives
+    pixels; these are then standardized by `statistics`, with mean and std (c, 1, 1).
+    """
 
-    def __init__(self, count, widths, kernel, size, mean, std, relu=False):
+    def __init__(self, count, widths, kernel, shape, statistics):
         super().__init__()
-        self.size, self.pad, self.relu = tuple(size), (kernel - 2) // 2, relu
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for inside, outside in zip(widths, widths[1:]):
-            bound = (outside * kernel ** 2) ** -0.5  # as nn.ConvTranspose2d starts
-            self.weights.append(torch.empty(count, inside, outside, kernel, kernel).uniform_(-bound, bound))
-            self.biases.append(torch.empty(count, outside).uniform_(-bound, bound))
+        self.count, self.shape = count, tuple(shape)
+        self.register_buffer("mean", statistics.mean, persistent=False)
+        self.register_buffer("std", statistics.std, persistent=False)
+        self.layers = nn.ModuleList()
+        for inside, outside in zip(widths, widths[1:], strict=False):
+            sizes = dict(kernel_size=kernel, stride=2, padding=kernel // 2 - 1, groups=count)
+            layer = nn.ConvTranspose2d(count * inside, count * outside, **sizes)
+            self.layers.append(layer)
 
-    def forward(self, codes, which=None):
-        """f(theta; phi): codes (B, c', h', w') -> images (B, D, c, h, w), preprocessed. which: a tensor with the
-        numbers of the decoders to take (D' of them) in place of all."""
-        count = len(self.weights[0]) if which is None else len(which)
-        return self.standardise(self.decode(codes.repeat(1, count, 1, 1), which).unflatten(1, (count, -1)))
-
-    def pairs(self, codes, which):
-        """Each code (B, c', h', w') through the one decoder that which (B,) names -> images (B, c, h, w)."""
-        return self.standardise(self.decode(codes.flatten(0, 1)[None], which)[0].unflatten(0, (len(which), -1)))
-
-    def decode(self, x, which):
-        """Decoders are the groups of one grouped convolution a layer: no loop over them or over codes."""
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            weight, bias = (weight, bias) if which is None else (weight[which], bias[which])
-            x = F.conv_transpose2d(F.relu(x) if i and self.relu else x, weight.flatten(0, 1), bias.flatten(), stride=2,
-                                   padding=self.pad, groups=len(weight))
-        (h, w), (top, left) = self.size, ((have - want) // 2 for have, want in zip(x.shape[2:], self.size))
-        return x[:, :, top:top + h, left:left + w]
-
-    def standardise(self, x):
+    def forward(self, codes):
+        """Codes (B, c', h', w') -> images (B, D, c, h, w), preprocessed."""
+        x = codes.repeat(1, self.count, 1, 1)
+        for layer in self.layers:
+            x = layer(x)
+        h, w = self.shape[1:]
+        top, left = (x.shape[2] - h) // 2, (x.shape[3] - w) // 2  # sides were rounded up
+        x = x[:, :, top : top + h, left : left + w].unflatten(1, (self.count, -1))
         return (x.sigmoid() - self.mean) / self.std
 
 
-def build_decoders(data, settings, count):
-    """`count` decoders for `data`, at random."""
-    widths = (settings["code"][0], *settings["channels"], data.shape[0])
-    mean, std = (v.flatten().tolist() for v in (data.preprocess.mean, data.preprocess.std))
-    return Decoders(count, widths, settings["kernel"], data.shape[1:], mean, std, settings["relu"])
+def layout(args, shape):
+    """Shape of a code, number of codes M, and widths and kernel of the decoders.
+
+    The paper's Tables 6 and 9 are lost. Its text prints, for one image of 3x32x32, 16 codes of
+    12x4x4 and 8 decoders of widths 12, 9, 6, 3 (Low-R). From 10 images a class on, we take codes of
+    12x8x8 and widths 12, 6, 3 (High-R); --no-high-res is the other reading.
+    """
+    c, h, w = shape
+    cell = 4 if args.high_res else 8
+    code = (4 * c, math.ceil(h / cell), math.ceil(w / cell))
+    codes = args.codes or max(1, args.ipc * math.prod(shape) // math.prod(code))
+    widths = (4 * c, 2 * c, c) if args.high_res else (4 * c, 3 * c, 2 * c, c)
+    return code, codes, widths, 4 if h > 64 else 2
 
 
-def pretrain(data, settings, seed, fixed=None):
-    """Appendix A: one decoder as an auto-encoder, copied to all D -> codes Theta (C, M, c', h', w'), Decoders.
-    The encoder mirrors the decoder and is thrown away, codes start as encoded real images: our choice, the paper does
-    not say. fixed: Decoders that stay as they are; the encoder then learns codes that they decode to the image."""
-    device, (c, h, w) = data.device, data.shape
-    kernel, widths = settings["kernel"], (c, *reversed(settings["channels"]), settings["code"][0])
+def start_factors(data, args, fixed=None, steps=None):
+    """Pre-train a decoder as an auto-encoder and copy it D times (App. A) -> codes, Decoders.
+
+    codes (C, M, c', h', w') are encoded real images, a choice of ours. Identical decoders get
+    identical gradients from Eq. 1; noise of a tenth of the weights' size breaks the symmetry.
+    fixed: Decoders to keep; then the encoder alone is trained.
+    """
+    code, count, widths, kernel = layout(args, data.shape)
+    common.seed(args.seed, "auto-encoder")
     layers = []
-    for inside, outside in zip(widths, widths[1:]):
-        layers += [nn.ReLU()] * (bool(layers) and settings["relu"])
-        layers.append(common.seeded((seed, "encoder", inside), nn.Conv2d, inside, outside, kernel, stride=2,
-                                    padding=(kernel - 2) // 2))
-    encoder = nn.Sequential(*layers).to(device)
-    down, right = (side * 2 ** (len(widths) - 1) - have for side, have in zip(settings["code"][1:], (h, w)))
-    border = (right // 2, right - right // 2, down // 2, down - down // 2)
+    for inside, outside in zip(widths[:0:-1], widths[-2::-1], strict=True):
+        layers.append(nn.Conv2d(inside, outside, kernel, stride=2, padding=kernel // 2 - 1))
+    encoder = nn.Sequential(*layers).to(data.device)
+    decoder = fixed or Decoders(1, widths, kernel, data.shape, data.preprocess).to(data.device)
+    border = code[1] * 2 ** len(layers) - data.shape[1]
+    border = (border // 2, border - border // 2) * 2
 
-    def encode(images):
-        return encoder(F.pad(images, border, mode="replicate"))
-
-    decoders = fixed or common.seeded((seed, "decoder"), build_decoders, data, settings, 1).to(device)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *decoders.parameters()], lr=0.01)  # fixed ones have no gradient
-    progress = common.Progress(settings["pretrain"], "pre-training steps")
-    for step in range(settings["pretrain"]):
-        index = torch.randint(len(data.train), (256,), generator=common.rng(seed, "auto-encoder", step, device=device),
-                              device=device)
-        images = data.train[index]
-        decoded = decoders(encode(images))
-        loss = F.mse_loss(decoded, images[:, None].expand_as(decoded))
+    trained = [*encoder.parameters(), *decoder.parameters()]
+    optimizer = torch.optim.Adam([p for p in trained if p.requires_grad], lr=0.01)
+    progress = common.Progress(args.pretrain, "pre-training")
+    for step in range(args.pretrain if steps is None else steps):
+        images, _ = data.batch(256, args.seed, "auto-encoder", step)
+        decoded = decoder(encoder(F.pad(images, border, mode="replicate")))
+        loss = (decoded - images[:, None]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        progress(1, lambda: f"error {loss.item():.4f}")
-    progress.end()
+        progress.step()
 
     with torch.no_grad():
-        images, _ = data.random_real(settings["codes"], seed, "codes")
-        codes = torch.cat([encode(x) for x in images.split(1024)]).unflatten(0, (len(data.classes), -1))
-        if fixed is None:
-            # Equal decoders would get equal gradients from Eq. (1) and stay equal for ever: noise sets them apart.
-            one, decoders = decoders, build_decoders(data, settings, settings["decoders"]).to(device)
-            for i, (p, pretrained) in enumerate(zip(decoders.parameters(), one.parameters())):
-                noise = torch.randn(p.shape, generator=common.rng(seed, "noise", i)).to(device)
-                p.copy_(pretrained + settings["noise"] * pretrained.square().mean().sqrt() * noise)
-    return codes, decoders
+        images, _ = data.sample(min(count, data.smallest_class), args.seed, "codes")
+        codes = encoder(F.pad(images, border, mode="replicate"))
+        codes = codes.unflatten(0, (len(data.classes), -1))
+        if fixed:
+            return codes, fixed
+        decoders = Decoders(args.decoders, widths, kernel, data.shape, data.preprocess)
+        common.seed(args.seed, "noise")
+        for p, one in zip(decoders.parameters(), decoder.cpu().parameters(), strict=True):
+            # axis 0 of a grouped layer: the inputs (weights) or outputs (biases) of all groups
+            copies = one.repeat(args.decoders, *[1] * (one.ndim - 1))
+            p.copy_(copies + 0.1 * one.square().mean().sqrt() * torch.randn(p.shape))
+    return codes, decoders.to(data.device)
 
 
-def load_real_means(data, data_dir, count, dsa):
-    """`count` random networks and the class means of their features over the whole real set (Sec. 3.2), computed where
-    they are missing. -> weights (K, P), means (K, C, F), K draws of DSA (None without), on data.device: for CIFAR-10 1.4
-    MB a network. One file a network under data_dir, for all later runs, whatever their seed and device."""
+def distill(data, args, path):
+    """Condense `data` into codes and decoders -> content of the distilled file `path`."""
+    fixed = load_decoders(args, data) if args.fixed_decoders else None
+    real_means = load_real_means(data, args) if args.real_means else None
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
-    setting = (data.preprocess.fingerprint, net.depth, dsa, data.shape, data.classes, data.train_labels.bincount().tolist())
-    folder = pathlib.Path(data_dir) / "real_means" / f"{data.name}_{common.hash_int(setting):016x}"
-    found = []
-    progress = common.Progress(count, "real means")
-    for k in range(count):
-        path, draw = folder / f"network{k:05d}.pt", None
-        if dsa:  # the Siamese draw of network k, the same on every device
-            name, u = common.draw_dsa(1, "real means", k, flip=data.flip)
-            draw = name, u.to(data.device)
+    resumed = path.with_suffix(".ckpt").exists()  # the checkpoint replaces the pre-training
+    codes, decoders = start_factors(data, args, fixed, 0 if resumed else None)
+    codes.requires_grad_()
+    groups = [{"params": [codes], "lr": args.lr_codes}]
+    if not fixed:
+        groups.append({"params": list(decoders.parameters()), "lr": args.lr_decoders})
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.drops, gamma=0.2)
+
+    def evaluate():
+        decoded = images_of(codes.detach(), decoders)
+        return common.train_and_test(data, *decoded, protocol(), args)
+
+    state = {"codes": codes, "decoders": decoders, "optimizer": optimizer, "schedule": schedule}
+    run = common.Run(path, data, args, state, evaluate)
+    for it in range(run.start, args.iterations):
+        key = (args.seed, it)
+        if real_means:
+            weights, target = (stored[it % args.real_means] for stored in real_means)
+            vector_to_parameters(weights, net.parameters())
+        else:
+            net.reset(*key)
+            target = class_means(net, data, *real_batch(data, args, *key))
+        optimizer.zero_grad()
+        loss = match_distribution(net, target, codes, decoders, args, *key)
+        optimizer.step()
+        schedule.step()
+        run.step(it, loss)
+
+    tensors = {"codes": codes}
+    tensors |= {f"decoders.{name}": p for name, p in decoders.named_parameters()}
+    return common.save_distilled(path, data, args, tensors, run)
+
+
+def match_distribution(net, target, codes, decoders, args, *key):
+    """Eq. 1 for real means (C, d) -> loss; its gradient is added to codes and decoders.
+
+    The features of all images are computed without a graph first. They give the gradient at each
+    feature, dL / dg = (mean - target) / (C M D), with which chunks of images go back one by one:
+    memory is that of a chunk, and the gradient that of the full batch.
+    """
+    classes, m = codes.shape[:2]
+    use = torch.arange(decoders.count)
+    if args.sample_decoders:  # biased: the mean is over a sample (Eq. 2)
+        common.seed(*key, "decoders")
+        use = torch.randperm(decoders.count)[: args.sample_decoders]
+    chosen = torch.arange(m)
+    if args.backprop:  # unbiased: the mean is over all codes, the gradient through a sample
+        common.seed(*key, "codes")
+        chosen = torch.randperm(m)[: args.backprop]
+
+    with torch.no_grad(), common.autocast(codes.device):
+        images = decoders(codes.flatten(0, 1))[:, use]
+        features = net.features(images.flatten(0, 1)).float()
+        gap = features.unflatten(0, (classes, -1)).mean(1) - target
+    images = decoders(codes[:, chosen].flatten(0, 1))[:, use].flatten(0, 1)
+    leaf = images.detach().requires_grad_()
+    per_class = len(images) // classes
+    adjoint = (gap / (classes * per_class)).repeat_interleave(per_class, 0)
+    for x, a in zip(leaf.split(512), adjoint.split(512), strict=True):
+        with common.autocast(codes.device):
+            net.features(x).backward(a)
+    images.backward(leaf.grad)
+    return gap.square().sum() / (2 * classes)
+
+
+@torch.no_grad()
+def class_means(net, data, images, labels):
+    """Mean features of each class over images (n, c, h, w), labels (n,) -> (C, d)."""
+    sums, one_hot = 0, F.one_hot(labels, len(data.classes)).float()
+    for x, y in zip(images.split(512), one_hot.split(512), strict=True):
+        sums = sums + y.T @ net.features(x)
+    return sums / one_hot.sum(0)[:, None]
+
+
+def real_batch(data, args, *key):
+    """All real images and labels, or a sample of each class."""
+    if args.batch_real:
+        return data.sample(min(args.batch_real, data.smallest_class), *key, "real")
+    return data.train, data.train_labels
+
+
+def load_real_means(data, args):
+    """K random networks (K, P) and their class means (K, C, d) over the real set (Sec. 3.2).
+
+    Stored in data_dir, one file a network, for all later runs; missing ones are computed.
+    """
+    if args.batch_real:
+        raise common.UserError("--real-means are over all real images: leave out --batch-real")
+    net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
+    name = f"{data.name}_{data.preprocess.fingerprint}"
+    folder = pathlib.Path(args.data_dir) / "real_means" / name
+    progress, found = common.Progress(args.real_means, "real means"), []
+    for k in range(args.real_means):
+        path = folder / f"network{k:05d}.pt"
         if path.exists():
-            stored = common.load(path, "means of real features")
+            weights, means = common.load(path, "stored real means")
             progress.skip(1)
         else:
-            common.start_anew(net, "real means", k)
-            means = common.mean_features(net, data.train, data.train_labels, len(data.classes), draw)
-            stored = {"weights": common.flat_parameters(net).cpu(), "means": means.cpu()}
-            common.save(stored, path)
-            progress(1)
-        found.append((stored["weights"], stored["means"], draw))
-    progress.end()
-    weights, means, draws = zip(*found)
-    return torch.stack(weights).to(data.device), torch.stack(means).to(data.device), draws
+            net.reset("real means", k)
+            weights, means = (
+                common.flatten(net),
+                class_means(net, data, data.train, data.train_labels),
+            )
+            common.save([weights.cpu(), means.cpu()], path)
+            progress.step()
+        found.append((weights.to(data.device), means.to(data.device)))
+    weights, means = zip(*found, strict=True)
+    return torch.stack(weights), torch.stack(means)
 
 
-def matching_loss(net, real_means, codes, decoders, draw=None, which=None, chosen=None, half=True):
-    """Eq. (1) for real_means (C, F) -> L, 0-d; its gradient has been added to .grad of codes and decoders.
-
-    codes (C, M, ...) -> images, all codes x decoders, in class order. draw: a Siamese draw of DSA. which: numbers of
-    the decoders to take, the biased variant of Eq. (2). chosen (C, m): the codes of each class to go back through: the
-    mean is over all M, the gradient scaled by M / m and so unbiased (Sec. 3.2, "Full batch training")."""
-    def images(codes):
-        x = decoders(codes.flatten(0, 1), which).flatten(0, 1)
-        return common.dsa(x, *draw) if draw else x
-
-    rows = torch.arange(len(codes), device=codes.device)[:, None]
-    part = images(codes if chosen is None else codes[rows, chosen])
-    with torch.no_grad():
-        every = part if chosen is None else images(codes)
-    distance, gradient = common.match_means(net, real_means, every, None if chosen is None else part, half=half)
-    part.backward(gradient / (2 * len(codes)))
-    return distance.sum() / (2 * len(codes))
-
-
-def distill(data, ipc, settings, seed, checkpoint, real_means=None, fixed=None):
-    """Condense `data` into codes and decoders -> (codes (C, M, c', h', w'), Decoders, seconds of work).
-
-    real_means: what load_real_means gives, or None. fixed: Decoders of an earlier phase, which stay as they are: the
-    class-incremental setting of appendix A; codes alone are learned. checkpoint: a path; a run that was killed goes on
-    from it. Raises common.UserError as common.iterations does."""
-    classes, device, count = len(data.classes), data.device, settings["decoders"]
-    net = common.ConvNet(data.shape, classes).to(device).requires_grad_(False)
-    going_on = pathlib.Path(checkpoint).exists()  # then it replaces what pre-training would give
-    codes, decoders = pretrain(data, settings | {"pretrain": 0} if going_on else settings, seed, fixed)
-    codes.requires_grad_()
-    decoders.requires_grad_(fixed is None)
-    rates = settings["lr_codes"], settings["lr_decoders"]
-    optimizer = torch.optim.Adam([{"params": [codes]}, {"params": [*decoders.parameters()]}])  # fixed: no gradient
-    members, smallest = common.class_members(data)
-    batch_real = min(settings["batch_real"], smallest)
-    batch_labels = torch.arange(classes, device=device).repeat_interleave(batch_real)
-    watch = {"loss": torch.zeros(())}
-
-    norm = None if fixed is None else common.flat_parameters(fixed).double().norm().item()
-    same = common.identity(METHOD, data, ipc, settings | {"fixed decoders": norm}, seed)
-    state = {"codes": codes, "decoders": decoders, "optimizer": optimizer}
-    for it in common.iterations(settings["iterations"], checkpoint, same, state, watch):
-        if real_means is not None:
-            weights, means, draw = (part[it % len(part)] for part in real_means)
-            nn.utils.vector_to_parameters(weights, net.parameters())
-        else:
-            common.start_anew(net, seed, "network", it)
-            draw = common.draw_dsa(1, seed, it, device=device, flip=data.flip) if settings["dsa"] else None
-            if batch_real:                                             # the noisy variant of Eq. (3)
-                index = common.draw_members(members, batch_real, seed, "real", it)
-                means = common.mean_features(net, data.train[index], batch_labels, classes, draw)
-            else:
-                means = common.mean_features(net, data.train, data.train_labels, classes, draw)
-
-        which = chosen = None
-        if 0 < settings["sample_decoders"] < count:                    # the biased variant of Eq. (2)
-            which = random_order((count,), settings["sample_decoders"], seed, "decoders", it, device=device)
-        if 0 < settings["backprop"] < settings["codes"]:
-            chosen = random_order(codes.shape[:2], settings["backprop"], seed, "backprop", it, device=device)
-        for group, lr in zip(optimizer.param_groups, rates):
-            group["lr"] = lr * 0.2 ** sum(it >= drop for drop in settings["drops"])
-        optimizer.zero_grad()
-        watch["loss"] = matching_loss(net, means, codes, decoders, draw, which, chosen)  # Eq. (1)
-        optimizer.step()
-
-    return codes.detach(), decoders.requires_grad_(False), watch["seconds"]
-
-
-def distill_to_file(path, data, ipc, settings, seed, data_dir, fixed=None):
-    """The whole run: stored real means where settings ask for them (under data_dir), distillation (its checkpoint beside
-    `path`), distilled file `path`, whose settings tell of its storage and diversity too -> what the file holds. fixed: as
-    in distill. Raises common.UserError."""
-    began, real_means = time.time(), None
-    if settings["real_means"]:
-        real_means = load_real_means(data, data_dir, settings["real_means"], settings["dsa"])
-    found = {"real_means_seconds": round(time.time() - began, 1)}
-    codes, decoders, seconds = distill(data, ipc, settings, seed, path.with_suffix(".ckpt"), real_means, fixed)
-    tensors = {"codes": codes} | {f"decoders.{name}": p for name, p in decoders.named_parameters()}
-    found |= storage(settings, data.shape, ipc, len(data.classes)) | diversity(codes, decoders)
-    return common.save_distilled(path, data, METHOD, ipc, tensors, None, settings | found, seconds, seed)
-
-
-def random_order(shape, first, *key, device):
-    """The first `first` of a random order of 0 .. shape[-1] - 1, for every row, drawn on the device."""
-    return torch.rand(shape, generator=common.rng(*key, device=device), device=device).argsort(-1)[..., :first]
-
-
-def open_decoders(distilled, device="cpu"):
+def open_factors(distilled, device="cpu"):
     """The codes (C, M, c', h', w') and Decoders of a distilled file."""
-    weights = {name.removeprefix("decoders."): t for name, t in distilled.items() if name.startswith("decoders.")}
-    layers = [weights[f"weights.{i}"] for i in range(len(weights) // 2)]
-    widths = (*(layer.shape[1] for layer in layers), layers[-1].shape[2])
-    decoders = Decoders(len(layers[0]), widths, layers[0].shape[-1], distilled["shape"][1:], distilled["mean"],
-                        distilled["std"], distilled["settings"]["relu"])
+    args = Args(**distilled["settings"])
+    _, _, widths, kernel = layout(args, distilled["shape"])
+    statistics = SimpleNamespace(mean=distilled["mean"], std=distilled["std"])
+    decoders = Decoders(args.decoders, widths, kernel, distilled["shape"], statistics)
+    weights = {name: distilled[f"decoders.{name}"] for name in decoders.state_dict()}
     decoders.load_state_dict(weights)
     return distilled["codes"].to(device), decoders.to(device).requires_grad_(False)
 
 
-def sampler(distilled, device):
-    """What common.score draws batches from: (draw(run, index, *key) -> images, labels; number of entries). An entry is
-    a code with a decoder, decoded as it is used: an epoch is all M x D images of all classes."""
-    codes, decoders = open_decoders(distilled, device)
-    (classes, m), count = codes.shape[:2], len(decoders.weights[0])
-
-    def draw(run, index, *key):
-        code = index // count
-        return decoders.pairs(codes.flatten(0, 1)[code], index % count), code // m
-
-    return draw, classes * m * count
-
-
-def storage(settings, shape, ipc, classes):
-    """What is stored -> dict(numbers_per_class, overhead_percent): codes, and a share of the decoders; the overhead
-    is over the storage of ipc images a class ("O-P.")."""
-    widths = (settings["code"][0], *settings["channels"], shape[0])
-    decoder = sum(i * o * settings["kernel"] ** 2 + o for i, o in zip(widths, widths[1:]))
-    numbers = settings["codes"] * math.prod(settings["code"]) + settings["decoders"] * decoder / classes
-    return {"numbers_per_class": numbers, "overhead_percent": round(100 * (numbers / (ipc * math.prod(shape)) - 1), 2)}
+def load_decoders(args, data):
+    """The Decoders of args.fixed_decoders, for other classes of the same images (App. A)."""
+    path, names = args.fixed_decoders, ("ipc", "high_res", "decoders")
+    distilled = common.load(path, "a distilled file of kfs.py")
+    settings = distilled.get("settings", {})
+    same = all(settings.get(name) == getattr(args, name) for name in names)
+    if distilled.get("method") != "kfs" or tuple(distilled["shape"]) != data.shape or not same:
+        raise common.UserError(f"{path} is not a file of kfs.py with the same shape and {names}")
+    decoders = open_factors(distilled, data.device)[1]
+    decoders.mean, decoders.std = data.preprocess.mean, data.preprocess.std
+    return decoders
 
 
 @torch.no_grad()
-def diversity(codes, decoders):
-    """How images differ: the root mean square over pixels (preprocessed) and pairs -> dict(between_decoders: one code
-    under two decoders; between_codes: two codes of a class under one decoder)."""
-    spread = []
-    for images in map(decoders, codes):  # (M, D, c, h, w); over pairs the mean square difference is twice the variance
-        spread.append([2 * images.var(axis, correction=int(images.shape[axis] > 1)).mean() for axis in (1, 0)])
-    found = torch.tensor(spread).mean(0).sqrt().tolist()
-    return dict(zip(("between_decoders", "between_codes"), (round(value, 4) for value in found)))
+def images_of(codes, decoders):
+    """All M x D images a class -> images (1, n, c, h, w), labels (n,)."""
+    images = torch.cat([decoders(x).flatten(0, 1) for x in codes])
+    labels = torch.arange(len(codes), device=codes.device)
+    return images[None], labels.repeat_interleave(len(images) // len(codes))
 
 
-def picture(path, data, codes, decoders):
-    """Codes down (up to two a class), decoders across (Fig. 3)."""
-    with torch.no_grad():
-        images = decoders(codes[:, :2].flatten(0, 1))
-    common.save_picture(path, data, images.flatten(0, 1), per_row=images.shape[1])
+def decode(distilled, device="cpu"):
+    """All images of a distilled file (1, n, c, h, w) and their labels (n,)."""
+    return images_of(*open_factors(distilled, device))
+
+
+def protocol(settings=None, count=None):
+    """Appendix A: 200 epochs, lr x 0.2 at epochs 133 and 166. The paper names no augmentation; its
+    milestones are those of IDC's code, so we follow that in this, too (see idc_augment)."""
+    return common.Protocol(augment=idc_augment, epochs=200, drops=(133 / 200, 166 / 200), decay=0.2)
+
+
+def idc_augment(images, flip, *key):
+    """IDC's augmentation on each batch: color, flip, then one of crop, scale, rotate."""
+    names = ["color", "flip", ("crop", "scale", "rotate")[common.hash_int(*key) % 3]]
+    common.seed(*key)
+    for name in names if flip else [names[0], names[2]]:
+        images = common.transform(images, name, torch.rand(len(images), 3, device=images.device))
+    return images
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Condense a data set into latent codes and shared decoders (KFS).",
-                                     formatter_class=common.HelpFormatter)
-    common.add_arguments(parser, "ipc", "storage, in images a class")
-    add = parser.add_argument
-    add("--iterations", type=common.positive, help="distillation iterations (20000)")
-    add("--real-means", type=common.positive, help="K: reuse K networks, their real means stored (a new one each time)")
-    add("--decoders", type=common.positive, help="D: number of decoders (8)")
-    add("--fixed-decoders", help="a file of kfs.py whose decoders stay: class-incremental, App. A; --drops 5000 15000")
-    add("--sample-decoders", type=common.positive, help="decoders in an iteration: biased, Eq. 2 (all)")
-    add("--batch-real", type=common.positive, help="real images a class in an iteration: noisy, Eq. 3 (all)")
-    add("--backprop", type=common.positive, help="codes a class to go back through, when memory is short (all)")
-    add("--lr-codes", type=common.amount, help="learning rate of the codes, Adam (0.1)")
-    add("--lr-decoders", type=common.amount, help="learning rate of the decoders, Adam (0.01)")
-    add("--drops", type=common.positive, nargs="*", help="iterations at which both fall to a fifth (none)")
-    add("--pretrain", type=common.positive, help="steps of the auto-encoder (2000)")
-    add("--noise", type=common.amount, help="on the copies of the pre-trained decoder, relative (0.1)")
-    add("--relu", action="store_true", default=None, help="ReLU between a decoder's layers (off)")
-    add("--dsa", action="store_true", default=None, help="augment both sides in the matching (off)")
-    args = parser.parse_args()
-    args.drops = None if args.drops is None else tuple(args.drops)
-    if args.real_means and args.batch_real:
-        raise common.UserError("--real-means are means over all real images: leave out --batch-real or --real-means")
-
-    path = common.output_path(METHOD, args, f"ipc{args.ipc}")
-    data = common.load_dataset(args.dataset, args.data_dir, False, args.size, common.pick_device(args.device))
-    settings = common.merge_settings(settings_of(data.name, data.shape, args.ipc), args)
-    if args.batch_real:
-        settings["real_means"] = 0
-    settings["codes"] = min(settings["codes"], common.class_members(data)[1])  # not more codes than real images
-    fixed = None
-    if args.fixed_decoders:
-        fixed = fixed_decoders(args.fixed_decoders, data, settings)
-        settings |= {"decoders": len(fixed.weights[0]), "relu": fixed.relu}
-    takes = storage(settings, data.shape, args.ipc, len(data.classes))
-    print(f"{settings['codes']} codes of {'x'.join(map(str, settings['code']))} a class and {settings['decoders']} "
-          f"decoders: {takes['numbers_per_class']:.1f} numbers a class, {takes['overhead_percent']:+.2f} % of "
-          f"{args.ipc} image{'s' * (args.ipc > 1)} a class (O-P.)", flush=True)
-
-    distilled = distill_to_file(path, data, args.ipc, settings, args.seed, args.data_dir, fixed)
-    print(f"images of one code differ by {distilled['settings']['between_decoders']} between decoders, of one decoder by "
-          f"{distilled['settings']['between_codes']} between codes of a class (root mean square)")
-    picture(path.with_suffix(".png"), data, *open_decoders(distilled, data.device))
-    print(f"wrote {path} and {path.with_suffix('.png')}")
-    common.score(data, distilled, *sampler(distilled, data.device), args.out, args.epochs, args.runs, args.seed,
-                 PROTOCOL)
-
-
-def fixed_decoders(path, data, settings):
-    """The Decoders of a distilled file, for other classes of the same kind of images. Raises common.UserError."""
-    distilled = common.load_distilled(path)
-    if distilled["method"] != METHOD or tuple(distilled["codes"].shape[2:]) != tuple(settings["code"]) \
-            or tuple(distilled["shape"]) != data.shape:
-        raise common.UserError(f"{path} has no decoders for codes {tuple(settings['code'])} and images {data.shape}: "
-                               "give a file of kfs.py made with the same --ipc and image size")
-    decoders = open_decoders(distilled, data.device)[1]
-    decoders.mean, decoders.std = data.preprocess.mean, data.preprocess.std  # of these data
-    return decoders
+    args = common.parse_args(Args, PRESETS)
+    path = common.output_path("kfs", args)
+    data = common.load_dataset(args)
+    distilled = distill(data, args, path)
+    codes, decoders = open_factors(distilled, data.device)
+    pairs = decoders(codes[:, :2].flatten(0, 1)).flatten(0, 1)  # decoders across, two codes a class
+    common.save_grid(path.with_suffix(".png"), data, pairs, columns=decoders.count)
+    common.score(data, distilled, *decode(distilled, data.device), protocol(), args)
 
 
 if __name__ == "__main__":

@@ -1,108 +1,130 @@
-"""MTT: dataset distillation by matching training trajectories (Cazenavette et al., CVPR 2022; survey Sec. 4.2).
+"""MTT: dataset distillation by matching training trajectories (Cazenavette et al., CVPR 2022).
 
-    python mtt.py                                   # glyphs, drawn here: minutes on a CPU
-    python mtt.py --dataset cifar10 --ipc 1         # the paper's experiment: 100 experts, 5000 iterations
+Experts are ConvNets trained on the real set; their parameters are kept after each epoch. Each
+iteration starts a student at an expert's parameters phi*_t of a random epoch t, trains it for N
+steps on the synthetic images and asks it to arrive where the expert is M epochs later:
 
-Experts are networks trained on the real set; their parameters are kept after every epoch. An iteration takes an
-expert's parameters phi*_t at a random epoch t, trains a student from there for N steps on the synthetic images,
-and asks it to arrive where the expert arrived M epochs later:
+    L = || phi_{t+N} - phi*_{t+M} ||^2 / || phi*_t - phi*_{t+M} ||^2     (survey Eq. 30, HaBa Eq. 7)
 
-    L = ||phi_{t+N} - phi*_{t+M}||^2 / ||phi*_t - phi*_{t+M}||^2          (survey Eq. 30, HaBa Eq. 7)
+The gradient goes back through all N steps to the images and to alpha, the student's learning rate.
+The distilled images train a fresh ConvNet with DSA and the learned alpha. (Survey Eq. 30 says N
+epochs, HaBa Eq. 7 says M steps; the authors count N steps and M epochs.)
 
-The gradient goes back through all N steps into the images and into the student's step size alpha, which is
-learned too. (Eq. 30 says N epochs, Eq. 7 M steps; the authors count N steps and M epochs.) Used afterwards, the
-images train a fresh network with DSA and the learned step size.
-
-Measured (short run, no paper budget): 45.1 +- 0.6 % on CIFAR-10 with 2 images a class, 8 experts, 50 iterations; see
-the README.
+    python mtt.py                                  # glyphs, drawn here: minutes on a CPU
+    python mtt.py --dataset cifar10 --ipc 1        # the paper: 5,000 iterations, 46.3 +- 0.8 %
 """
-import argparse
+
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 import common
 
-METHOD = "mtt"
 
-# The authors' settings for a data set and images a class. student_steps N, expert_epochs M, max_start: the last epoch t
-# to start from, lr_images: of the pixels, lr_step: of the step size alpha, step_size: alpha at the start, batch:
-# synthetic images a student step (0: all). Other budgets and data sets take the nearest row of theirs or CIFAR-10's;
-# the ImageNet subsets' settings (N 20, M 2, max start 10, lr 1000, 1e-6) can be given as flags and have no row.
-ROW = dict(zca=True, student_steps=20, expert_epochs=2, max_start=20, lr_images=1000., lr_step=1e-5, step_size=.01, batch=0)
-SETTINGS = {
-    ("cifar10", 1): ROW | dict(student_steps=50, max_start=2, lr_images=100., lr_step=1e-7),
-    ("cifar10", 10): ROW | dict(student_steps=30, lr_images=100., step_size=.001),
-    ("cifar10", 50): ROW | dict(zca=False, student_steps=30, max_start=40, step_size=.001),
-    ("cifar100", 1): ROW | dict(expert_epochs=3),
-    ("cifar100", 10): ROW | dict(zca=False),
-    ("cifar100", 50): ROW | dict(student_steps=80, max_start=40, batch=125),
-    ("tinyimagenet", 1): ROW | dict(zca=False, student_steps=10, max_start=10, lr_images=1e4, lr_step=1e-4),
-    ("tinyimagenet", 10): ROW | dict(zca=False, max_start=40, lr_images=1e4, lr_step=1e-4, batch=200),
+@dataclass
+class Args(common.Args):
+    # synthetic images a class
+    ipc: int = 1
+    # iterations of the distillation; 0: train the experts only
+    iterations: int = 5000
+    # expert trajectories; missing ones are trained
+    experts: int = 100
+    # N: student steps an iteration
+    student_steps: int = 20
+    # M: expert epochs to match
+    expert_epochs: int = 2
+    # a student starts at expert epoch t in 0 .. max_start - 1
+    max_start: int = 20
+    # first value of alpha, the learning rate of the student
+    step_size: float = 0.01
+    # learning rate of alpha (SGD, momentum 0.5)
+    lr_step: float = 1e-5
+    # learning rate of the pixels (SGD, momentum 0.5)
+    lr_images: float = 1000.0
+    # synthetic images a student step; 0: all
+    batch: int = 0
+
+
+PRESETS = {  # the authors' settings
+    ("cifar10", 1): dict(zca=True, student_steps=50, max_start=2, lr_images=100.0, lr_step=1e-7),
+    ("cifar10", 10): dict(zca=True, student_steps=30, lr_images=100.0, step_size=0.001),
+    ("cifar10", 50): dict(student_steps=30, max_start=40, step_size=0.001),
+    ("cifar100", 1): dict(zca=True, expert_epochs=3),
+    ("cifar100", 10): dict(),
+    ("cifar100", 50): dict(zca=True, student_steps=80, max_start=40, batch=125),
+    ("tinyimagenet", 1): dict(student_steps=10, max_start=10, lr_images=1e4, lr_step=1e-4),
+    ("tinyimagenet", 10): dict(max_start=40, lr_images=1e4, lr_step=1e-4, batch=200),
 }
-SETTINGS[("glyphs", 1)] = SETTINGS[("cifar10", 1)] | dict(  # a short run
-    experts=3, iterations=80, student_steps=30, expert_epochs=4, max_start=6)
-PAPER = dict(experts=100, iterations=5000, compile=False)
+PRESETS["glyphs", 1] = PRESETS["cifar10", 1] | dict(
+    zca=False, experts=3, expert_epochs=4, max_start=4, student_steps=20, iterations=60
+)
+PRESETS["glyphs", 1] |= dict(runs=3, epochs=300)
 
 
-def distill(data, ipc, settings, seed, experts, checkpoint):
-    """Distil `data` into ipc images a class -> (tensors to store, step size, seconds of work).
+def distill(data, args, path):
+    """Distill `data` into args.ipc images a class -> content of the distilled file `path`.
 
-    experts: (K, E + 1, P) parameters of K networks at the start and after each epoch, from common.load_experts.
-    checkpoint: a path; a run that was killed goes on from it. Raises common.UserError as common.iterations does."""
+    With --iterations 0 only the experts are trained -> None.
+    """
+    images, labels = data.sample(
+        args.ipc, args.seed, "start"
+    )  # synthetic images start as real ones
+    experts = common.load_experts(data, args)
+    if args.iterations == 0:
+        return None
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device)
-    images, labels = data.random_real(ipc, seed, "images")  # synthetic images start from real ones
     images.requires_grad_()
-    step_size = torch.tensor(settings["step_size"], device=data.device, requires_grad=True)
-    of_images = torch.optim.SGD([images], lr=settings["lr_images"], momentum=0.5)
-    of_step = torch.optim.SGD([step_size], lr=settings["lr_step"], momentum=0.5)
-    state = {"images": images, "step_size": step_size, "of_images": of_images, "of_step": of_step}
-    watch = {"loss": torch.zeros(())}
+    step_size = torch.tensor(args.step_size, device=data.device)
+    optimizer = torch.optim.SGD([images], lr=args.lr_images, momentum=0.5)
+    step_size_optimizer = torch.optim.SGD([step_size], lr=args.lr_step, momentum=0.5)
 
-    same = common.identity(METHOD, data, ipc, settings, seed, experts)
-    for it in common.iterations(settings["iterations"], checkpoint, same, state, watch):
-        start, target = common.draw_start(experts, settings, seed, it)  # phi*_t and phi*_{t+M}
+    state = {"images": images, "step_size": step_size}
+    state |= {"optimizer": optimizer, "step_size_optimizer": step_size_optimizer}
+    distilled_set = (images.detach()[None], labels, protocol())
+    evaluate = partial(common.train_and_test, data, *distilled_set, args, step_size)
+    run = common.Run(path, data, args, state, evaluate, experts)
+    for it in range(run.start, args.iterations):
+        start, target = common.sample_segment(experts, args, args.seed, it)
+        batch = partial(student_batch, images, labels, data, args, it)
+        optimizer.zero_grad()
+        loss, step_size.grad = common.match_trajectory(
+            net, start, target, step_size, batch, args.student_steps
+        )
+        optimizer.step()
+        step_size_optimizer.step()
+        run.step(it, loss)
 
-        def batch(n):
-            index = common.student_batch(len(images), settings["batch"], n, seed, it, device=data.device)
-            draw = common.draw_dsa(len(index), seed, it, n, device=data.device, flip=data.flip)
-            return common.dsa(images[index], *draw), labels[index]
-
-        of_images.zero_grad()
-        watch["loss"], step_size.grad = common.match_trajectory(  # N student steps, Eq. (30), and back through them
-            net, start, target, step_size, batch, settings["student_steps"], settings["compile"])
-        of_images.step()
-        of_step.step()
-        with torch.no_grad():
-            step_size.clamp_(min=0.001)
-    return {"images": images.detach(), "labels": labels}, step_size.item(), watch["seconds"]
-
-
-def distill_to_file(path, data, ipc, settings, seed, data_dir):
-    """The whole run: experts (under data_dir), distillation (its checkpoint beside `path`), distilled file `path` -> what
-    the file holds. Raises common.UserError."""
-    experts = common.experts_for(data, data_dir, settings, ipc, seed)
-    tensors, step_size, seconds = distill(data, ipc, settings, seed, experts, path.with_suffix(".ckpt"))
-    return common.save_distilled(path, data, METHOD, ipc, tensors, step_size, settings, seconds, seed)
+    tensors = {"images": images, "labels": labels}
+    return common.save_distilled(path, data, args, tensors, run, step_size.item())
 
 
-sampler = common.image_sampler  # what common.score draws batches from
+def student_batch(images, labels, data, args, it, n):
+    """Augmented synthetic images (b, c, h, w) and labels of student step n of iteration `it`."""
+    key = (args.seed, it, "batch")
+    index = common.student_indices(len(images), args.batch, n, *key, device=data.device)
+    return common.dsa(images[index], data.flip, *key, n), labels[index]
+
+
+def decode(distilled, device="cpu"):
+    """The images of a distilled file (1, n, c, h, w) and their labels (n,)."""
+    return distilled["images"].to(device)[None], distilled["labels"].to(device)
+
+
+def protocol(settings=None, count=None):
+    """The training protocol of MTT's authors; the learning rate is the learned alpha."""
+    return common.Protocol()
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Distil a data set by matching training trajectories (MTT).",
-                                     formatter_class=common.HelpFormatter)
-    common.add_arguments(parser, "ipc", "synthetic images a class")
-    common.add_trajectory_arguments(parser, "5000")
-    parser.add_argument("--lr-images", type=common.amount, help="learning rate of the pixels")
-    args = parser.parse_args()
-    settings = common.merge_settings(PAPER | common.settings_for(SETTINGS, args.dataset, args.ipc), args)
-
-    path = common.output_path(METHOD, args, f"ipc{args.ipc}")
-    data = common.load_dataset(args.dataset, args.data_dir, settings["zca"], args.size, common.pick_device(args.device))
-    distilled = distill_to_file(path, data, args.ipc, settings, args.seed, args.data_dir)
-    common.save_picture(path.with_suffix(".png"), data, distilled["images"], per_row=min(args.ipc, 10))
-    print(f"wrote {path} and {path.with_suffix('.png')}")
-    common.score(data, distilled, *sampler(distilled, data.device), args.out, args.epochs, args.runs, args.seed)
+    args = common.parse_args(Args, PRESETS)
+    path = common.output_path("mtt", args)
+    data = common.load_dataset(args)
+    distilled = distill(data, args, path)
+    if distilled:
+        images, labels = decode(distilled, data.device)
+        common.save_grid(path.with_suffix(".png"), data, images[0], columns=min(args.ipc, 10))
+        common.score(data, distilled, images, labels, protocol(), args)
 
 
 if __name__ == "__main__":

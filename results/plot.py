@@ -1,0 +1,67 @@
+"""Draw loss and accuracy curves of a folder of results. Optional: needs matplotlib.
+
+    python results/plot.py out              # writes out/curves.png
+
+Loss: each <stem>.csv of a distillation (iteration,loss,seconds). Accuracy over iterations, over
+levels of corruption and over the classes of continual learning: results.jsonl.
+"""
+
+import csv
+import json
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def read_rows(path):
+    """The lines of results.jsonl -> list of dicts."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def draw_losses(axes, folder):
+    for path in sorted(folder.glob("*.csv")):
+        with path.open() as file:
+            rows = list(csv.DictReader(file))
+        if rows and "loss" in rows[0]:
+            steps = [int(row["iteration"]) for row in rows]
+            axes.plot(steps, [float(row["loss"]) for row in rows], label=path.stem)
+    axes.set(title="loss", xlabel="iterations", yscale="log")
+
+
+def draw_accuracies(panels, rows):
+    """One panel a kind of row; scores of equal jobs are joined over their iterations."""
+    scores = {}
+    for row in rows:
+        name = f"{row['method']}, {row['dataset']}, {row['per_class']} a class, {row['network']}"
+        if row.get("kind") == "corruption":
+            panels[1].errorbar(range(6), row["accuracy"], row["std"], label=name)
+        elif row.get("kind") == "continual":
+            panels[2].errorbar(row["classes_seen"], row["accuracy"], row["std"], label=name)
+        else:
+            point = (row["iterations"], row["accuracy"], row["std"])
+            scores.setdefault(name, []).append(point)
+    for name, points in scores.items():
+        steps, means, stds = zip(*sorted(points), strict=True)
+        panels[0].errorbar(steps, means, stds, marker="o", label=name)
+    for axes, label in zip(panels, ("iterations", "corruption level", "classes"), strict=True):
+        axes.set(title="test accuracy, %", xlabel=label)
+
+
+def main():
+    folder = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "out")
+    figure, panels = plt.subplots(1, 4, figsize=(20, 5), layout="constrained")
+    draw_losses(panels[0], folder)
+    draw_accuracies(panels[1:], read_rows(folder / "results.jsonl"))
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    figure.savefig(folder / "curves.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()
