@@ -52,7 +52,7 @@ class Args:
     size: int = 0
     # whiten the images
     zca: bool = False
-    # start of all random numbers
+    # seed of all random numbers
     seed: int = 0
     # auto, cpu or cuda
     device: str = "auto"
@@ -83,8 +83,8 @@ class Parser(argparse.ArgumentParser):
 def parse_args(cls, presets, argv=None):
     """Make flags from the dataclass `cls`. A flag beats a preset, a preset beats the default.
 
-    presets: {(data set, images a class): settings}. A budget without a preset takes the nearest in
-    ratio; a data set without one takes CIFAR-10's, but no whitening. Raises UserError.
+    presets: {(data set, images a class): settings}, or {objective: presets}. A budget without one
+    takes the nearest in ratio; a data set without one takes CIFAR-10's, but for `zca`.
     """
     description = inspect.getmodule(cls).__doc__.partition("\n")[0]
     parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [--flag value]")
@@ -99,6 +99,7 @@ def parse_args(cls, presets, argv=None):
             options = {"type": type(choices[0]), "choices": choices}
         if kinds[name] is bool:
             options = {"action": argparse.BooleanOptionalAction}
+        text = f"{text} [{getattr(cls, name)}]"
         parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -107,20 +108,20 @@ def parse_args(cls, presets, argv=None):
         raise UserError(f"unknown argument {word}: {hint}")
     given = vars(known)
     for name, value in given.items():
-        # Counts start at 1, unless 0 is their default or asks for no iterations.
-        default = getattr(cls, name)
-        least = 1 if type(default) is int and default > 0 and name != "iterations" else 0
+        # Counts start at 1, unless 0 is their default.
+        default, free = getattr(cls, name), name in ("iterations", "hallucinators", "depth")
+        least = 1 if type(default) is int and default > 0 and not free else 0
         if isinstance(value, int | float) and not least <= value <= 1e30:
             raise UserError(f"--{name.replace('_', '-')} {value}: use {least} or more")
 
     args = cls(**given)
     name = pathlib.Path(args.dataset).name
-    presets = presets(args) if callable(presets) else presets
+    presets = presets.get(getattr(args, "objective", None), presets)
     own = any(dataset == name for dataset, _ in presets)
     rows = [key for key in presets if key[0] == (name if own else "cifar10")]
     preset = dict(presets[min(rows, key=lambda key: abs(math.log(args.per_class / key[1])))])
     if not own:
-        preset["zca"] = False
+        preset.pop("zca", None)
     args = cls(**(preset | given))
     print(json.dumps(asdict(args)), flush=True)
     return args
@@ -163,7 +164,7 @@ def autocast(device):
 
 # ------------------------------------------------------------ data
 
-STATS = {  # torchvision's name; mean and deviation of each channel, as in the code of MTT and DM
+STATS = {  # torchvision's name; mean and std a channel. MTT's code uses CIFAR-10's for CIFAR-100
     "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ("CIFAR100", (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
     "svhn": ("SVHN", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
@@ -227,7 +228,7 @@ def load_dataset(args, name=None, kind=None):
     places = (pathlib.Path(name), pathlib.Path(args.data_dir) / name)
     folder = next((place for place in places if (place / "train").is_dir()), None)
     if name == "glyphs":
-        arrays = [*draw_glyphs(100, 0)[:2], *draw_glyphs(100, 1)]
+        arrays = [*draw_glyphs(500, 0)[:2], *draw_glyphs(50, 1)]
     elif folder or name in STATS:
         arrays = read_images(name, folder, args)
     else:
@@ -297,7 +298,7 @@ GLYPHS = {"triangle": 3, "square": 4, "diamond": 4, "hexagon": 6, "disc": 32}  #
 
 
 def draw_glyphs(per_class, split):
-    """A data set that needs no download -> uint8 pixels (10 * per_class, 3, 32, 32), labels, names.
+    """A data set that needs no download -> uint8 pixels (10 * per_class, 3, 16, 16), labels, names.
 
     One glyph an image, filled or as an outline, of random place, size, angle and color, with noise.
     """
@@ -310,7 +311,7 @@ def draw_glyphs(per_class, split):
             turn = random.uniform(-15, 15) + 45 * (name == "diamond")
             width = 10 if style == "hollow" else 48
             ImageDraw.Draw(mask).regular_polygon(circle, GLYPHS[name], turn, None, 255, width)
-            mask = np.asarray(mask.resize((32, 32), Image.BOX))[..., None] / 255
+            mask = np.asarray(mask.resize((16, 16), Image.BOX))[..., None] / 255
             ground, step = random.uniform(0, 1, 3), random.uniform(0.3, 0.7, 3)
             image = ground + mask * ((ground + step) % 1 - ground)
             image = image + random.normal(0, 0.05, image.shape)
@@ -404,7 +405,7 @@ def transform(images, name, u):
         return cut(images, (u[:, :2] * (side + 1)).floor() - side // 4, side // 2)
     if name == "crop":  # shift by up to 1/8 of the side, in pixels, zeros outside
         reach = round(side / 8)
-        x, y = 2 / side * ((u[:, :2] * (2 * reach + 1)).floor() - reach).T
+        y, x = 2 / side * ((u[:, :2] * (2 * reach + 1)).floor() - reach).T
         return warp(images, 1, 0, 0, 1, x, y)
     if name == "scale":  # 1/1.2 .. 1.2 an axis
         sx, sy = (1 / 1.2 + u[:, :2] * (1.2 - 1 / 1.2)).T
@@ -453,8 +454,10 @@ def cut(images, corner, side):
 
 
 def warp(images, a, b, c, d, x=0, y=0, padding="zeros"):
-    """Resample: an output pixel at p is the input at [[a, b], [c, d]] p + [x, y], in units of half
-    the side, 0 at the center. Numbers or tensors (n,)."""
+    """Resample: an output pixel at p is the input at [[a, b], [c, d]] p + [x, y].
+
+    In units of half the side, 0 at the center; a .. y are numbers or tensors (n,).
+    """
     zero = torch.zeros(len(images), device=images.device)
     theta = torch.stack([zero + value for value in (a, b, x, c, d, y)], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta.to(images.dtype), images.shape, align_corners=False)
@@ -588,7 +591,7 @@ def train_expert(data, path, epochs, progress):
 def sample_segment(experts, args, *key):
     """Parameters (P,) of a random expert at epochs t and t + M, t in 0 .. max_start - 1.
 
-    The authors' code excludes max_start, too; the paper includes it (t <= T+).
+    The paper includes max_start (t <= T+); the authors' code, as here, excludes it.
     """
     expert = experts[hash_int(*key, "expert") % len(experts)]
     t = hash_int(*key, "start") % args.max_start
@@ -596,14 +599,14 @@ def sample_segment(experts, args, *key):
 
 
 def student_indices(count, batch, step, *key, device="cpu"):
-    """Synthetic images of a student step: all, or the next `batch` of a shuffled pass.
+    """Indices (b,) of the images of a student step: all, or the next `batch` of a shuffled pass.
 
     The rest of a pass that does not fill a batch is dropped; the authors' code uses it.
     """
     if not 0 < batch < count:
         return torch.arange(count, device=device)
     steps = count // batch
-    seed(*key, step // steps)
+    seed(*key, "pass", step // steps)
     return torch.randperm(count, device=device)[step % steps * batch :][:batch]
 
 
@@ -617,7 +620,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
     """Train a student, compare it with an expert, differentiate (HaBa Eq. 7, survey Eq. 30).
 
     start, target: expert parameters (P,) at epochs t and t + M. step_size: alpha, 0-d. batch(n) ->
-    images, labels of student step n; called twice, so it has to depend on n alone.
+    images, labels of student step n; deterministic in n, as it is called again on the way back.
     -> loss, gradient for step_size. Adds to the gradients of the leaves behind the images.
     kept: steps that keep their graph; the others rebuild it on the way back, so that memory does
     not grow with `steps`. Default: about 500 images' worth on a CPU, 5,000 on a GPU.
@@ -630,8 +633,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
         with torch.set_grad_enabled(keep):
             images, labels = batch(n)
         params = student.detach().requires_grad_()
-        with torch.enable_grad():
-            gradient = student_gradient(net, params, images, labels, create_graph=keep)
+        gradient = student_gradient(net, params, images, labels, create_graph=keep)
         tape.append((params, gradient if keep else None))
         student = student - lr * gradient.detach()
 
@@ -678,8 +680,10 @@ def nfr_loss(support, labels, target, target_labels, ridge=1e-6):
 
 
 def center_labels(labels, classes, scale=1.0):
-    """FRePo's labels for class numbers (n,): (one-hot - 1 / C) / scale, (n, C). Real images have
-    scale 1, synthetic ones start with sqrt(C / 10)."""
+    """FRePo's labels for class numbers (n,): (one-hot - 1 / C) / scale, (n, C).
+
+    Real images have scale 1, synthetic ones start with sqrt(C / 10).
+    """
     return (F.one_hot(labels, classes) - 1 / classes) / scale
 
 
@@ -691,7 +695,7 @@ def margin_loss(labels):
 
 def cosine(step, steps):
     """Factor of FRePo's learning rate: from 1 to 0.1."""
-    return 0.55 + 0.45 * math.cos(math.pi * min(step / steps, 1))
+    return 0.55 + 0.45 * math.cos(math.pi * min(step / max(steps, 1), 1))
 
 
 # ------------------------------------------------------------ scoring
@@ -699,7 +703,10 @@ def cosine(step, steps):
 
 @dataclass
 class Protocol:
-    """How a network is trained on a distilled set; the defaults are those of DM, MTT and HaBa."""
+    """How a network is trained on a distilled set; the defaults are those of DM, MTT and HaBa.
+
+    The authors' rate falls after epoch 502 of 1001, with the momentum reset; DC has 300 epochs.
+    """
 
     network: Callable = ConvNet  # network(shape, classes)
     augment: Callable = dsa  # augment(images, flip, *key)
@@ -793,13 +800,14 @@ def score(data, distilled, images, labels, protocol, args):
     row |= {"best": max([value for _, value in distilled["evaluations"]], default=None)}
     row |= {"random": round(np.mean(random), 2), "random_std": round(np.std(random), 2)}
     row |= {"random_per_class": storage, "runs": args.runs, "epochs": epochs[0]}
-    row |= {"seed": distilled["settings"]["seed"], "scoring_seconds": round(time.time() - began)}
-    append_row(row, data.device, args.out)
+    row |= {"seed": args.seed, "settings": distilled["settings"]}
+    row |= {"scoring_seconds": round(time.time() - began)}
     print(
         f"{row['method']} on {data.name}, {row['per_class']} a class: {row['accuracy']} +- "
         f"{row['std']} % (random real images, {storage} a class: {row['random']} +- "
         f"{row['random_std']} %)"
     )
+    append_row(row, data.device, args.out)
     return row
 
 
@@ -807,12 +815,18 @@ def append_row(row, device, folder):
     """Add hardware, torch version, commit and command, append to folder/results.jsonl."""
     cuda = device.type == "cuda"
     hardware = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    command = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty=+"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    row |= {"hardware": hardware, "torch": torch.__version__, "commit": commit}
+    row |= {"hardware": hardware, "torch": torch.__version__, "commit": None}
+    git = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty=+"]
+    with contextlib.suppress(OSError):  # git is not installed
+        row["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     row["command"] = " ".join(["python", *sys.argv])
-    with open(pathlib.Path(folder) / "results.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    path = pathlib.Path(folder) / "results.jsonl"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 # ------------------------------------------------------------ files
@@ -937,16 +951,21 @@ class Run:
         free = ("data_dir", "device", "out", "iterations", "runs", "epochs")
         self.settings = {key: value for key, value in asdict(args).items() if key not in free}
         self.settings["data"] = data.preprocess.fingerprint
-        self.settings["experts"] = None if experts is None else experts.norm().item()
+        if experts is not None:
+            self.settings["expert weights"] = hash_int(experts.flatten()[::997].tolist())
         self.done, self.seconds, self.evaluations, self.losses = 0, 0.0, [], []
         if self.path.exists():
-            self.restore(load(self.path, "a checkpoint"))
+            try:
+                self.restore(load(self.path, "a checkpoint"))
+            except (KeyError, TypeError, ValueError, RuntimeError):
+                raise UserError(f"{self.path} is not from this script: remove it") from None
         self.start = self.done
         self.progress = Progress(args.iterations, "iterations")
         self.progress.skip(self.start)
         self.saved = time.time()
         self.began = self.saved - self.seconds
-        self.handler = signal.signal(signal.SIGINT, self.interrupt)
+        if self.start < args.iterations:
+            self.handler = signal.signal(signal.SIGINT, self.interrupt)
 
     def restore(self, stored):
         wrong = [k for k, v in self.settings.items() if stored["settings"].get(k) != v]
@@ -976,12 +995,14 @@ class Run:
             self.save(loss.item())
         if last:
             signal.signal(signal.SIGINT, self.handler)
-        elif self.interrupted:
+        if self.interrupted:
             raise KeyboardInterrupt(f"stopped after {self.done} iterations: repeat to continue")
 
     def save(self, loss):
         """Write the checkpoint, and the losses so far as <stem>.csv."""
         tensors = [value for value in self.state.values() if torch.is_tensor(value)]
+        for module in [value for value in self.state.values() if isinstance(value, nn.Module)]:
+            tensors += module.parameters()
         if not math.isfinite(loss) or not all(t.isfinite().all() for t in tensors):
             raise UserError(f"not finite at iteration {self.done}: use smaller learning rates")
         self.saved = time.time()

@@ -5,12 +5,12 @@ each class c, the mean features of the synthetic images S_c to those of a real b
 
     L = sum_c || mean psi(A(B_c)) - mean psi(A(S_c)) ||^2                          (survey Eq. 31)
 
-A is DSA in its Siamese form: one transform, drawn for each class, for both sets. psi(x) are the
-features before the linear layer. The distilled images train a fresh ConvNet with DSA, lr 0.01.
-(The survey has a pre-trained psi and a batch of S_c; as in the authors' code, psi is random and S_c
-is complete.)
+A is Siamese DSA: for each class one transform with one set of parameters, for both sets. psi(x) are
+the features before the linear layer. The distilled images train a fresh ConvNet with DSA, lr 0.01.
+(Survey Eq. 31 has a pre-trained psi and a batch of S_c; we follow the authors' code: psi is random
+and all of S_c is used.)
 
-    python dm.py                                   # glyphs, drawn here: a minute on a CPU
+    python dm.py                                   # glyphs, drawn here: minutes on a CPU
     python dm.py --dataset cifar10 --ipc 10        # the paper: 20,000 iterations, 48.9 +- 0.6 %
 """
 
@@ -75,12 +75,12 @@ def distill(data, args, path):
 
 
 def class_means(net, images, classes):
-    """Mean features of each class of images in class order -> (C, d)."""
+    """Mean features of each class of images (C n, c, h, w), class after class -> (C, d)."""
     return net.features(images).float().unflatten(0, (classes, -1)).mean(1)
 
 
 def augment(images, data, *key):
-    """Siamese DSA with one draw a class, for images in class order."""
+    """Siamese DSA with one draw a class, for images (C n, c, h, w), class after class."""
     parts = images.chunk(len(data.classes))
     parts = [common.dsa(x, data.flip, *key, c, shared=True) for c, x in enumerate(parts)]
     return torch.cat(parts)

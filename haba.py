@@ -1,18 +1,19 @@
 """HaBa: dataset distillation via factorization (Liu et al., NeurIPS 2022).
 
-In place of images, HaBa stores bases (bpc a class) and a few hallucinators H_j, small networks that
-all classes share. Any basis through any hallucinator is a training image: |B| x |H| images for
-|B| + |H| things stored. Both are learned by matching training trajectories (MTT, see mtt.py): a
-student trained for N steps on hallucinated images should arrive where an expert is after M epochs
-(Eq. 7). An adversary F keeps the hallucinators apart: F learns features in which the images of one
-basis look alike (Eq. 3, 4), bases and hallucinators make them differ (Eq. 5).
+In place of images, HaBa stores bases (bpc a class) and a few hallucinators, small networks that
+all classes share: |B| bases and |H| hallucinators give |B| x |H| training images. Both are learned
+by matching training trajectories (MTT, see mtt.py): a student trained for N steps on hallucinated
+images should arrive where an expert is after M epochs (Eq. 7). An adversary F diversifies the
+hallucinators: it is trained to give all images of a basis similar features (Eq. 3, 4); bases and
+hallucinators are trained to make these features differ (Eq. 5).
 
     python haba.py                                      # glyphs, drawn here: minutes on a CPU
     python haba.py --dataset cifar10 --bpc 9            # the paper: 69.9 +- 0.4 %
     python haba.py --dataset cifar10 --objective dm     # DM's or DC's objective (Tab. 2)
 
-At their learning rate of 100 the hallucinators' weights reach 58 after 15 iterations, in the
-authors' code as here: short runs want --lr-hallucinators 1.
+With the authors' learning rate of 100, hallucinator weights reach 58 within 15 iterations, in their
+code as well: use --lr-hallucinators 1 for short runs. Their code also standardizes each batch as a
+whole (experts, scoring, test) and mirrors SVHN and MNIST; this does not.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Args(common.Args):
     objective: Literal["mtt", "dm", "dc"] = "mtt"
     # iterations of the distillation; 0: train the experts only
     iterations: int = 15000
-    # |H|: hallucinators; with 1 there is no adversary
+    # |H|: hallucinators; 0: bases are images, enlarged (with the optimizer of HaBa, not of MTT)
     hallucinators: int = 5
     # each class has |H| hallucinators of its own (Tab. 5)
     class_hallucinators: bool = False
@@ -56,6 +57,8 @@ class Args(common.Args):
     weight_cos: float = 0.1
     # lambda_con: weight of the contrastive loss of F (Eq. 4)
     weight_con: float = 0.1
+    # lambda_task: weight of the cross-entropy of F (Eq. 4)
+    weight_task: float = 1.0
     # augment hallucinated images by DSA (Tab. 6)
     dsa: bool = True
     # bases a student step, and in Eq. 4, 5; 0: all
@@ -80,34 +83,31 @@ class Args(common.Args):
     net_epochs: int = 50
 
 
-PRESETS = {  # the authors' settings
-    ("cifar10", 1): dict(zca=True, student_steps=50, max_start=2, lr_step=1e-7),
-    ("cifar10", 10): dict(zca=True, step_size=0.001),
-    ("cifar10", 50): dict(zca=True),
-    ("cifar100", 1): dict(zca=True, student_steps=20, expert_epochs=3),
-    ("cifar100", 10): dict(zca=True, student_steps=20),
-    ("cifar100", 50): dict(zca=True, student_steps=80, max_start=40, batch=300),
-    ("svhn", 1): dict(zca=True, student_steps=50, max_start=2, lr_step=1e-7),
-    ("svhn", 10): dict(zca=True, step_size=0.001),
-    ("svhn", 50): dict(zca=True),
-}
 # DM's and DC's authors; the paper has eta_H = eta_B, but with that the hallucinators diverge
 DM = dict(iterations=20000, lr_bases=1.0, lr_hallucinators=0.001)
 DC = dict(lr_bases=0.1, lr_hallucinators=0.001)
-OBJECTIVES = {
-    "mtt": PRESETS,
-    "dm": {("cifar10", 1): DM},
-    "dc": {
+SHORT = dict(iterations=100, batch_real=64, net_epochs=5, runs=3, epochs=300)
+SHORT |= dict(experts=3, student_steps=20, max_start=12, expert_epochs=4)
+PRESETS = {
+    "mtt": {  # CIFAR-100: MTT's with the paper's batch; SVHN (below): CIFAR-10's
+        ("cifar10", 1): dict(zca=True, student_steps=50, max_start=2, lr_step=1e-7),
+        ("cifar10", 10): dict(zca=True, step_size=0.001),
+        ("cifar10", 50): dict(zca=True),
+        ("cifar100", 1): dict(zca=True, student_steps=20, expert_epochs=3),
+        ("cifar100", 10): dict(zca=True, student_steps=20),
+        ("cifar100", 50): dict(zca=True, student_steps=80, max_start=40, batch=300),
+        ("glyphs", 1): SHORT | dict(lr_hallucinators=1.0),
+    },
+    "dm": {("cifar10", 1): DM, ("glyphs", 1): DM | SHORT},
+    "dc": {  # Tab. 2 has DC without DSA: add --no-dsa
         ("cifar10", 1): DC | dict(iterations=1000, matches=1),
         ("cifar10", 10): DC | dict(iterations=10000, matches=10),
         ("cifar10", 50): DC | dict(iterations=50000, matches=50, net_epochs=10),
+        ("glyphs", 1): DC | SHORT,
     },
 }
-SHORT = dict(iterations=60, batch_real=32, net_epochs=5, runs=3, epochs=300)
-PRESETS["glyphs", 1] = SHORT | dict(experts=3, student_steps=20, max_start=4, expert_epochs=4)
-PRESETS["glyphs", 1] |= dict(lr_hallucinators=1.0)
-OBJECTIVES["dm"]["glyphs", 1] = DM | SHORT
-OBJECTIVES["dc"]["glyphs", 1] = DC | SHORT
+for budget in (1, 10, 50):
+    PRESETS["mtt"]["svhn", budget] = PRESETS["mtt"]["cifar10", budget]
 
 
 class Hallucinator(nn.Module):
@@ -156,6 +156,8 @@ class FactorizedSet(nn.Module):
         channels = args.channels or (shape[0] if args.depth < 2 else 8)
         if args.depth == 0 and not bases.shape[1] == channels == shape[0]:
             raise common.UserError("--depth 0 has no convolutions: leave out the channels")
+        if shape[1] % 2 ** max(args.depth - 1, 0):
+            raise common.UserError(f"--depth {args.depth} is too large for {shape[1]} pixels")
         self.bases = nn.Parameter(bases)
         self.register_buffer(
             "labels", torch.arange(classes).repeat_interleave(len(bases) // classes)
@@ -166,13 +168,16 @@ class FactorizedSet(nn.Module):
         self.hallucinators = nn.ModuleList()
         for _ in range(args.hallucinators):
             self.hallucinators.append(nn.ModuleList(build() for _ in range(self.own)))
-        first = self.hallucinators[0][0]
-        for h in self.modules():
-            if args.share_conv and isinstance(h, Hallucinator):
-                h.encoder, h.decoder = first.encoder, first.decoder
+        every = [h for h in self.modules() if isinstance(h, Hallucinator)]
+        for h in every if args.share_conv else []:
+            h.encoder, h.decoder = every[0].encoder, every[0].decoder
+        self.shape = tuple(shape)
 
     def forward(self, index, j):
         """Bases `index` (b,) through hallucinator j -> images (b, c, h, w), labels (b,)."""
+        if not self.hallucinators:
+            images = F.interpolate(self.bases[index], self.shape[1:], mode="bilinear")
+            return images.expand(-1, self.shape[0], -1, -1), self.labels[index]
         if self.own == 1:
             return self.hallucinators[j][0](self.bases[index]), self.labels[index]
         parts = self.bases.chunk(self.own)
@@ -180,9 +185,9 @@ class FactorizedSet(nn.Module):
         return torch.cat(images)[index], self.labels[index]
 
     def everything(self):
-        """All images (|H|, n, c, h, w) and labels (n,)."""
+        """All images (|H| or 1, n, c, h, w) and labels (n,)."""
         index = torch.arange(len(self.bases), device=self.bases.device)
-        images = [self(index, j)[0] for j in range(len(self.hallucinators))]
+        images = [self(index, j)[0] for j in range(len(self.hallucinators) or 1)]
         return torch.stack(images), self.labels
 
 
@@ -229,6 +234,8 @@ def distill(data, args, path):
     step_size_optimizer = torch.optim.SGD([step_size], lr=args.lr_step, momentum=0.9)
     alpha = step_size if objective == "mtt" else None  # to train with
     use_adversary = args.hallucinators > 1 and args.weight_cos > 0
+    for p in factors.parameters():
+        p.grad = torch.zeros_like(p)
 
     def evaluate():
         images, labels = factors.everything()
@@ -240,7 +247,7 @@ def distill(data, args, path):
     state |= {"step_size_optimizer": step_size_optimizer}
     run = common.Run(path, data, args, state, evaluate, experts)
     for it in range(run.start, args.iterations):
-        optimizer.zero_grad(set_to_none=False)  # a hallucinator not drawn moves by its momentum
+        optimizer.zero_grad(set_to_none=False)  # what is not drawn moves by its momentum
 
         # L_DD (Eq. 6, 7): the gradient accumulates in bases and hallucinators
         if objective == "mtt":
@@ -259,21 +266,20 @@ def distill(data, args, path):
             images, labels = hallucinate_pair(factors, data, args, it)
             features = adversary.features(images).unflatten(0, (2, -1))
             cosine, weight = cosine_loss(features), args.weight_cos
-            if objective != "mtt":  # DM's and DC's gradients are 1e5 times as large
-                (slope,) = torch.autograd.grad(cosine, factors.bases, retain_graph=True)
-                weight = weight * factors.bases.grad.norm() / slope.norm()
+            if objective != "mtt":  # rescale: DM's and DC's gradients are 1e5 times that of L_cos
+                (gradient,) = torch.autograd.grad(cosine, factors.bases, retain_graph=True)
+                weight = weight * factors.bases.grad.norm() / gradient.norm()
             (weight * cosine).backward()
 
-        optimizer.step()
+        optimizer.step()  # Alg. 1, lines 11, 12
         if objective == "mtt":
             step_size_optimizer.step()
             step_size.clamp_(min=0.001)
         if objective == "dc" and (it + 1) % args.matches:
             train_between(net, factors, data, args, it)
 
-        # The adversary (Eq. 3, 4): classify, and see one basis in its two hallucinations. As in
-        # Alg. 1 it gets the pair of L_cos, composed anew; the authors' code draws another and adds
-        # 0.1 (1 - cos) / 2.
+        # Train F (Eq. 3, 4) on the pair of L_cos, recomposed after the update (Alg. 1, lines 13,
+        # 14). The authors' code draws a new pair and adds 0.1 (1 - cos) / 2.
         if use_adversary:
             with torch.no_grad():
                 images, labels = hallucinate_pair(factors, data, args, it)
@@ -281,16 +287,18 @@ def distill(data, args, path):
             task = F.cross_entropy(adversary.classifier(features), labels.repeat(2))
             contrast = contrastive_loss(features.unflatten(0, (2, -1)), labels)
             adversary_optimizer.zero_grad()
-            (task + args.weight_con * contrast).backward()
+            (args.weight_task * task + args.weight_con * contrast).backward()
             adversary_optimizer.step()
         run.step(it, loss)
 
     tensors = dict(factors.named_parameters())
-    return common.save_distilled(path, data, args, tensors, run, alpha and alpha.item())
+    return common.save_distilled(
+        path, data, args, tensors, run, None if alpha is None else alpha.item()
+    )
 
 
 def start_factors(data, args):
-    """Bases from real images, resized and averaged over channels as needed."""
+    """Bases from real images (Alg. 1: random), resized or averaged over channels as needed."""
     bases, _ = data.sample(args.bpc, args.seed, "start")
     if args.basis_channels not in (0, data.shape[0]):
         bases = bases.mean(1, keepdim=True).repeat(1, args.basis_channels, 1, 1)
@@ -300,10 +308,14 @@ def start_factors(data, args):
 
 
 def student_batch(factors, data, args, it, n):
-    """Images and labels of student step n, of one hallucinator drawn for the step."""
+    """Images (b, c, h, w) and labels (b,) of student step n, all of one drawn hallucinator.
+
+    The paper draws two an iteration; the authors' code, as here, one of all in each step.
+    """
     key = (args.seed, it, "batch")
     index = common.student_indices(len(factors.bases), args.batch, n, *key, device=data.device)
-    images, labels = factors(index, common.hash_int(*key, n) % args.hallucinators)
+    j = common.hash_int(*key, n, "hallucinator") % max(args.hallucinators, 1)
+    images, labels = factors(index, j)
     return protocol(vars(args)).augment(images, data.flip, *key, n), labels
 
 
@@ -342,8 +354,8 @@ def match_features(net, factors, data, args, it):
     net.reset(args.seed, it)
     pairs, images, leaf = class_pairs(factors, data, args, it)
     real, ours = (torch.cat(part) for part in zip(*pairs, strict=True))
-    with torch.no_grad():
-        target = net.features(real).unflatten(0, (len(pairs), -1)).mean(1)
+    with torch.no_grad(), common.autocast(data.device):
+        target = net.features(real).float().unflatten(0, (len(pairs), -1)).mean(1)
     means = net.features(ours).unflatten(0, (len(pairs), -1)).mean(1)
     loss = (means - target).square().sum()
     loss.backward(inputs=[leaf])
@@ -384,9 +396,10 @@ def train_between(net, factors, data, args, it):
     """DC: train the network on the factorized set, without momentum (survey Eq. 20)."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     images, labels = factors.everything()
+    augment = protocol(vars(args)).augment
     for epoch in range(args.net_epochs):
         key = (args.seed, it, epoch)
-        common.train_epoch(net, optimizer, data, images.detach(), labels, *key)
+        common.train_epoch(net, optimizer, data, images.detach(), labels, *key, augment=augment)
 
 
 # ------------------------------------------------------------ using a distilled file
@@ -405,11 +418,8 @@ def decode(distilled, device="cpu"):
 def protocol(settings, count=None):
     """That of MTT's authors. Each use of a basis draws a hallucinator, so an epoch is as long as
     the number of bases. No DSA if the set was made without (Tab. 6)."""
-    return common.Protocol() if settings["dsa"] else common.Protocol(augment=identity)
-
-
-def identity(images, flip, *key, shared=False):
-    return images
+    augment = common.dsa if settings["dsa"] else lambda images, *key, **shared: images
+    return common.Protocol(augment=augment)
 
 
 def save_picture(path, data, distilled):
@@ -417,7 +427,8 @@ def save_picture(path, data, distilled):
     channel mean and std to the real images."""
     images, _ = decode(distilled, data.device)
     bases = F.interpolate(distilled["bases"].to(data.device), data.shape[1:])
-    bases = bases.mean(1, keepdim=True).expand(-1, data.shape[0], -1, -1)
+    if bases.shape[1] != data.shape[0]:
+        bases = bases.mean(1, keepdim=True).expand(-1, data.shape[0], -1, -1)
     rows = torch.cat([bases[None], images])[:, :: distilled["per_class"]]
     std, mean = torch.std_mean(data.train[::100], (0, 2, 3), keepdim=True)
     ours_std, ours_mean = torch.std_mean(rows, (1, 3, 4), keepdim=True)
@@ -426,7 +437,7 @@ def save_picture(path, data, distilled):
 
 
 def main():
-    args = common.parse_args(Args, lambda args: OBJECTIVES[args.objective])
+    args = common.parse_args(Args, PRESETS)
     path = common.output_path("haba" if args.objective == "mtt" else f"haba_{args.objective}", args)
     data = common.load_dataset(args)
     distilled = distill(data, args, path)

@@ -1,14 +1,14 @@
 """KFS: condensation with latent space knowledge factorization and sharing (Lee et al. 2022).
 
 In place of images, KFS stores M small latent codes theta_cm a class and D tiny decoders phi_d that
-all classes share. Any code through any decoder is a training image: M x D images a class for the
+all classes share. Each code goes through each decoder: M x D training images a class for the
 storage of a few. Both are learned by matching distributions over the full real and synthetic sets:
 with g(x) the features of a ConvNet with random parameters, new ones in each iteration,
 
     L = 1/C sum_c 1/2 || 1/N sum_n g(x_cn) - 1/(D M) sum_dm g(f(theta_cm; phi_d)) ||^2     (Eq. 1)
 
 A sample of the synthetic images gives a biased gradient (Eq. 2), a sample of the real images a
-noisy one (Eq. 3): --sample-decoders and --batch-real do both, to see the effect (Fig. 7).
+noisy one (Eq. 3): --sample-decoders and --batch-real turn these on (Fig. 7).
 
     python kfs.py                                              # glyphs: minutes on a CPU
     python kfs.py --dataset cifar10 --ipc 1                    # the paper: 59.8 +- 0.5 %
@@ -17,7 +17,7 @@ noisy one (Eq. 3): --sample-decoders and --batch-real do both, to see the effect
 
 import math
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -48,11 +48,11 @@ class Args(common.Args):
     decoders: int = 8
     # steps of the auto-encoder that the first decoder comes from
     pretrain: int = 2000
-    # K: networks to reuse, with stored real means; 0: a new one in each iteration
+    # K: networks with stored real means, used in turn (the paper: all steps); 0: always a new one
     real_means: int = 0
-    # decoders in an iteration, biased (Eq. 2); 0: all
+    # decoders in an iteration; fewer than all give a biased gradient (Eq. 2); 0: all
     sample_decoders: int = 0
-    # real images a class in an iteration, noisy (Eq. 3); 0: all
+    # real images a class in an iteration; fewer than all give a noisy gradient (Eq. 3); 0: all
     batch_real: int = 0
     # codes a class to backpropagate through, if memory is short (Sec. 3.2); 0: all
     backprop: int = 0
@@ -105,8 +105,8 @@ def layout(args, shape):
     """Shape of a code, number of codes M, and widths and kernel of the decoders.
 
     The paper's Tables 6 and 9 are lost. Its text prints, for one image of 3x32x32, 16 codes of
-    12x4x4 and 8 decoders of widths 12, 9, 6, 3 (Low-R). From 10 images a class on, we take codes of
-    12x8x8 and widths 12, 6, 3 (High-R); --no-high-res is the other reading.
+    12x4x4 and 8 decoders of widths 12, 9, 6, 3 (Low-R), and codes of 12x4x4 for ten images, too.
+    At about ten images and more we take 12x8x8 and 12, 6, 3 (High-R); --no-high-res keeps Low-R.
     """
     c, h, w = shape
     cell = 4 if args.high_res else 8
@@ -116,7 +116,7 @@ def layout(args, shape):
     return code, codes, widths, 4 if h > 64 else 2
 
 
-def start_factors(data, args, fixed=None, steps=None):
+def start_factors(data, args, fixed=None):
     """Pre-train a decoder as an auto-encoder and copy it D times (App. A) -> codes, Decoders.
 
     codes (C, M, c', h', w') are encoded real images, a choice of ours. Identical decoders get
@@ -133,10 +133,9 @@ def start_factors(data, args, fixed=None, steps=None):
     border = code[1] * 2 ** len(layers) - data.shape[1]
     border = (border // 2, border - border // 2) * 2
 
-    trained = [*encoder.parameters(), *decoder.parameters()]
-    optimizer = torch.optim.Adam([p for p in trained if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=0.01)
     progress = common.Progress(args.pretrain, "pre-training")
-    for step in range(args.pretrain if steps is None else steps):
+    for step in range(args.pretrain):
         images, _ = data.batch(256, args.seed, "auto-encoder", step)
         decoded = decoder(encoder(F.pad(images, border, mode="replicate")))
         loss = (decoded - images[:, None]).square().mean()
@@ -162,15 +161,17 @@ def start_factors(data, args, fixed=None, steps=None):
 
 def distill(data, args, path):
     """Condense `data` into codes and decoders -> content of the distilled file `path`."""
+    if args.zca:
+        raise common.UserError("the decoders give pixels, which --zca does not fit: leave it out")
     fixed = load_decoders(args, data) if args.fixed_decoders else None
     real_means = load_real_means(data, args) if args.real_means else None
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
-    resumed = path.with_suffix(".ckpt").exists()  # the checkpoint replaces the pre-training
-    codes, decoders = start_factors(data, args, fixed, 0 if resumed else None)
+    resumed = path.with_suffix(".ckpt").exists()  # then the checkpoint replaces the pre-training
+    start = replace(args, pretrain=0) if resumed else args
+    codes, decoders = start_factors(data, start, fixed)
     codes.requires_grad_()
     groups = [{"params": [codes], "lr": args.lr_codes}]
-    if not fixed:
-        groups.append({"params": list(decoders.parameters()), "lr": args.lr_decoders})
+    groups += [{"params": list(decoders.parameters()), "lr": args.lr_decoders}]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.drops, gamma=0.2)
 
@@ -187,7 +188,10 @@ def distill(data, args, path):
             vector_to_parameters(weights, net.parameters())
         else:
             net.reset(*key)
-            target = class_means(net, data, *real_batch(data, args, *key))
+            real = data.train, data.train_labels
+            if args.batch_real:
+                real = data.sample(min(args.batch_real, data.smallest_class), *key, "real")
+            target = class_means(net, data, *real)
         optimizer.zero_grad()
         loss = match_distribution(net, target, codes, decoders, args, *key)
         optimizer.step()
@@ -200,27 +204,25 @@ def distill(data, args, path):
 
 
 def match_distribution(net, target, codes, decoders, args, *key):
-    """Eq. 1 for real means (C, d) -> loss; its gradient is added to codes and decoders.
+    """Compute Eq. 1 for real means (C, d) -> loss; add its gradient to codes and decoders.
 
-    The features of all images are computed without a graph first. They give the gradient at each
-    feature, dL / dg = (mean - target) / (C M D), with which chunks of images go back one by one:
-    memory is that of a chunk, and the gradient that of the full batch.
+    A first pass without a graph gives the means and with them the gradient at each feature,
+    (mean - target) / (C M D); a second one takes it back to the images, 512 at a time.
     """
     classes, m = codes.shape[:2]
-    use = torch.arange(decoders.count)
+    use = chosen = slice(None)
     if args.sample_decoders:  # biased: the mean is over a sample (Eq. 2)
         common.seed(*key, "decoders")
-        use = torch.randperm(decoders.count)[: args.sample_decoders]
-    chosen = torch.arange(m)
+        use = torch.randperm(decoders.count, device=codes.device)[: args.sample_decoders]
     if args.backprop:  # unbiased: the mean is over all codes, the gradient through a sample
         common.seed(*key, "codes")
-        chosen = torch.randperm(m)[: args.backprop]
+        chosen = torch.randperm(m, device=codes.device)[: args.backprop]
 
+    images = decoders(codes.flatten(0, 1))[:, use]
     with torch.no_grad(), common.autocast(codes.device):
-        images = decoders(codes.flatten(0, 1))[:, use]
-        features = net.features(images.flatten(0, 1)).float()
-        gap = features.unflatten(0, (classes, -1)).mean(1) - target
-    images = decoders(codes[:, chosen].flatten(0, 1))[:, use].flatten(0, 1)
+        features = [net.features(x) for x in images.flatten(0, 1).split(512)]
+    gap = torch.cat(features).float().unflatten(0, (classes, -1)).mean(1) - target
+    images = images.unflatten(0, (classes, m))[:, chosen].flatten(0, 2)
     leaf = images.detach().requires_grad_()
     per_class = len(images) // classes
     adjoint = (gap / (classes * per_class)).repeat_interleave(per_class, 0)
@@ -238,13 +240,6 @@ def class_means(net, data, images, labels):
     for x, y in zip(images.split(512), one_hot.split(512), strict=True):
         sums = sums + y.T @ net.features(x)
     return sums / one_hot.sum(0)[:, None]
-
-
-def real_batch(data, args, *key):
-    """All real images and labels, or a sample of each class."""
-    if args.batch_real:
-        return data.sample(min(args.batch_real, data.smallest_class), *key, "real")
-    return data.train, data.train_labels
 
 
 def load_real_means(data, args):
@@ -289,7 +284,7 @@ def open_factors(distilled, device="cpu"):
 
 def load_decoders(args, data):
     """The Decoders of args.fixed_decoders, for other classes of the same images (App. A)."""
-    path, names = args.fixed_decoders, ("ipc", "high_res", "decoders")
+    path, names = args.fixed_decoders, ("high_res", "decoders")
     distilled = common.load(path, "a distilled file of kfs.py")
     settings = distilled.get("settings", {})
     same = all(settings.get(name) == getattr(args, name) for name in names)
@@ -314,16 +309,18 @@ def decode(distilled, device="cpu"):
 
 
 def protocol(settings=None, count=None):
-    """Appendix A: 200 epochs, lr x 0.2 at epochs 133 and 166. The paper names no augmentation; its
-    milestones are those of IDC's code, so we follow that in this, too (see idc_augment)."""
+    """Appendix A: 200 epochs, lr x 0.2 at 133 and 166 (App. B: batch 128 or 64; here 256).
+
+    The paper names no augmentation; its milestones are IDC's, so we take IDC's, without CutMix.
+    """
     return common.Protocol(augment=idc_augment, epochs=200, drops=(133 / 200, 166 / 200), decay=0.2)
 
 
 def idc_augment(images, flip, *key):
     """IDC's augmentation on each batch: color, flip, then one of crop, scale, rotate."""
-    names = ["color", "flip", ("crop", "scale", "rotate")[common.hash_int(*key) % 3]]
+    last = ("crop", "scale", "rotate")[common.hash_int(*key) % 3]
     common.seed(*key)
-    for name in names if flip else [names[0], names[2]]:
+    for name in ["color"] + ["flip"] * flip + [last]:
         images = common.transform(images, name, torch.rand(len(images), 3, device=images.device))
     return images
 

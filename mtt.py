@@ -2,13 +2,13 @@
 
 Experts are ConvNets trained on the real set; their parameters are kept after each epoch. Each
 iteration starts a student at an expert's parameters phi*_t of a random epoch t, trains it for N
-steps on the synthetic images and asks it to arrive where the expert is M epochs later:
+steps on the synthetic images and compares it with the expert M epochs later:
 
     L = || phi_{t+N} - phi*_{t+M} ||^2 / || phi*_t - phi*_{t+M} ||^2     (survey Eq. 30, HaBa Eq. 7)
 
 The gradient goes back through all N steps to the images and to alpha, the student's learning rate.
-The distilled images train a fresh ConvNet with DSA and the learned alpha. (Survey Eq. 30 says N
-epochs, HaBa Eq. 7 says M steps; the authors count N steps and M epochs.)
+The distilled images train a fresh ConvNet with DSA and the learned alpha. N counts steps and M
+epochs, as in the authors' code (survey Eq. 30: N epochs; HaBa Eq. 7: M steps).
 
     python mtt.py                                  # glyphs, drawn here: minutes on a CPU
     python mtt.py --dataset cifar10 --ipc 1        # the paper: 5,000 iterations, 46.3 +- 0.8 %
@@ -53,11 +53,13 @@ PRESETS = {  # the authors' settings
     ("cifar100", 1): dict(zca=True, expert_epochs=3),
     ("cifar100", 10): dict(),
     ("cifar100", 50): dict(zca=True, student_steps=80, max_start=40, batch=125),
+    ("imagenet10", 1): dict(max_start=10, lr_step=1e-6),
+    ("imagenet10", 10): dict(max_start=10, lr_step=1e-6, batch=20),
     ("tinyimagenet", 1): dict(student_steps=10, max_start=10, lr_images=1e4, lr_step=1e-4),
     ("tinyimagenet", 10): dict(max_start=40, lr_images=1e4, lr_step=1e-4, batch=200),
 }
 PRESETS["glyphs", 1] = PRESETS["cifar10", 1] | dict(
-    zca=False, experts=3, expert_epochs=4, max_start=4, student_steps=20, iterations=60
+    zca=False, experts=3, expert_epochs=4, max_start=12, student_steps=20, iterations=100
 )
 PRESETS["glyphs", 1] |= dict(runs=3, epochs=300)
 

@@ -13,11 +13,12 @@ in S' steps. The result trains a fresh network like FRePo's. --mode is a column 
 
     python translator_fewshot.py --mode autoencoder                        # glyphs: minutes
     python translator_fewshot.py --mode pretrain --dataset tiny32 --out t  # writes t/translator.pt
-    python translator_fewshot.py --dataset cifar10 --translator t/translator.pt    # 44.0 +- 0.2 %
+    python translator_fewshot.py --dataset cifar10 --translator t/translator.pt    # paper: 44.0 %
 
-No code of the authors is known. What the paper does not print it takes from FRePo's PyTorch branch:
-no norm, torch's initialization, Adam with a cosine to 10 %, mirror images, the hinge on labels,
-AdamW in scoring. The losses here are half the mean over real images; the paper's are sums.
+No code of the authors is known. As the paper says, what it does not print follows FRePo's PyTorch
+branch: no norm, torch's initialization, ridge 1e-6, mirror images, the hinge on labels, AdamW in
+scoring, Adam with a cosine to 10 % on images and labels. Ours: constant rates for the translator.
+Losses are half the mean over real images; the paper's are sums.
 """
 
 import math
@@ -32,7 +33,8 @@ from torch import nn
 
 import common
 
-MODES = ("adapted", "no-adaptation", "scratch", "autoencoder", "one-net", "bilevel", "baseline")
+TRANSLATED = ("adapted", "no-adaptation", "scratch", "autoencoder")
+MODES = TRANSLATED + ("one-net", "bilevel", "baseline", "pretrain")
 
 
 @dataclass
@@ -40,10 +42,10 @@ class Args(common.Args):
     # synthetic images a class
     ipc: int = 1
     # a column of Table 3, or pretrain: write a translator
-    mode: Literal[MODES + ("pretrain",)] = "adapted"
+    mode: Literal[MODES] = "adapted"
     # file of a translator, from --mode pretrain or an adapted one
     translator: str = ""
-    # store four times as many images at half the side (Ours-DS)
+    # store four times as many images at half the side (Ours-DS); see --adapt-steps
     down_sample: bool = False
     # whiten the images
     zca: bool = True
@@ -143,6 +145,7 @@ def nfr(net, images, labels, target, target_labels, data, args):
 
 @torch.no_grad()
 def features(net, images):
+    """Features (n, d) of images, without a graph, 512 at a time."""
     with common.autocast(images.device):
         return torch.cat([net.features(x).float() for x in images.split(512)])
 
@@ -193,20 +196,16 @@ def cached_subset(data, net, n, args):
     -> {"images", "labels": distilled, "real" (classes, k): indices of its real images}. The count
     of synthetic images is uniform up to I_max, a choice of ours.
     """
-    sizes = [
-        args.min_classes,
-        args.max_classes,
-        args.max_images,
-        args.max_synthetic,
-        args.iterations,
-    ]
-    tag = "_".join(str(size) for size in [data.preprocess.fingerprint, args.seed, *sizes])
+    names = ("min_classes", "max_classes", "max_images", "max_synthetic", "iterations", "lr")
+    names += ("seed", "ridge", "mirror", "weight_margin")
+    settings = [getattr(args, name) for name in names]
+    tag = f"{common.hash_int(data.preprocess.fingerprint, settings):016x}"
     path = pathlib.Path(args.data_dir) / "subsets" / f"{data.name}_{tag}" / f"{n:05d}.pt"
     if path.exists():
         return common.load(path, "a cached subset")
     common.seed(args.seed, "subset", n)
     low, high = (min(size, len(data.classes)) for size in (args.min_classes, args.max_classes))
-    count = torch.randint(low, high + 1, ()).item()
+    count = torch.randint(min(low, high), high + 1, ()).item()
     chosen = torch.randperm(len(data.classes))[:count].to(data.device)
     k = max(1, min(args.max_images // count, data.smallest_class))
     ipc = torch.randint(1, max(1, min(args.max_synthetic // count, k)) + 1, ()).item()
@@ -230,8 +229,8 @@ def cached_subset(data, net, n, args):
 # ------------------------------------------------------------ training a translator
 
 
-def train_translator(translator, data, args, path, steps, lr, loss_of):
-    """Adam on loss_of(step), then write the translator to `path` -> seconds.
+def train_translator(translator, data, args, path, steps, lr, loss_of, batch=1):
+    """Adam on the mean of loss_of(step, b) over b < batch, then write the translator -> seconds.
 
     Pre-training, adaptation and auto-encoder differ in the loss alone.
     """
@@ -240,10 +239,13 @@ def train_translator(translator, data, args, path, steps, lr, loss_of):
     run = common.Run(path, data, replace(args, iterations=steps, eval_every=0), state)
     for step in range(run.start, steps):
         optimizer.zero_grad()
-        loss = loss_of(step)
-        loss.backward()
+        total = 0
+        for b in range(batch):
+            loss = loss_of(step, b) / batch
+            loss.backward()
+            total = total + loss.detach()
         optimizer.step()  # line 15
-        run.step(step, loss)
+        run.step(step, total)
     content = {"weights": translator.state_dict(), "preprocess": data.preprocess.kind}
     common.save(content | {"dataset": data.name}, path)
     print(f"wrote {path}")
@@ -257,30 +259,29 @@ def translation_loss(translator, net, images, labels, real, real_labels, data, a
     return nfr(net, translator(images), labels, features(net, real), truth, data, args)
 
 
-def adaptation_loss(translator, net, images, labels, data, args, step):
-    real = data.batch(args.batch_real, args.seed, "adapt", step)
+def adaptation_loss(translator, net, images, labels, data, args, step, b=0):
+    """Alg. 2, lines 11 to 14, on a batch of the target set."""
     key = (args.seed, "adapt", step)
+    real = data.batch(args.batch_real, *key, "real")
     return translation_loss(translator, net, images, labels, *real, data, args, *key)
 
 
-def pretraining_loss(translator, net, theta, data, args, step):
-    """Alg. 2 over a batch of B cached subsets; each has a network theta' of its own."""
-    total = 0
-    for b in range(args.batch):
-        key = (args.seed, "pretrain", step, b)
-        subset = cached_subset(data, theta, common.hash_int(*key) % args.subsets, args)
-        subset = {name: tensor.to(data.device) for name, tensor in subset.items()}
-        common.seed(*key)
-        index = torch.randint(subset["real"].numel(), (args.batch_real,), device=data.device)
-        real = data.train[subset["real"].flatten()[index]]
-        numbers = index // subset["real"].shape[1]
-        pair = subset["images"], subset["labels"]
-        total = total + translation_loss(translator, net, *pair, real, numbers, data, args, *key)
-    return total / args.batch
+def pretraining_loss(translator, net, theta, data, args, step, b=0):
+    """Alg. 2, lines 11 to 14, on one of the B cached subsets of a step, in a theta' of its own."""
+    key = (args.seed, "pretrain", step, b)
+    subset = cached_subset(data, theta, common.hash_int(*key) % args.subsets, args)
+    subset = {name: tensor.to(data.device) for name, tensor in subset.items()}
+    common.seed(*key, "real")
+    index = torch.randint(subset["real"].numel(), (args.batch_real,), device=data.device)
+    real = data.train[subset["real"].flatten()[index]]
+    numbers = index // subset["real"].shape[1]
+    pair = subset["images"], subset["labels"]
+    return translation_loss(translator, net, *pair, real, numbers, data, args, *key)
 
 
-def reconstruction_loss(translator, data, args, step):
-    """The auto-encoder of Table 3: real images are translated to themselves."""
+def reconstruction_loss(translator, data, args, step, b=0):
+    """The auto-encoder of Table 3: real images are translated to themselves. Set, loss, steps, rate
+    and batch are ours."""
     images, _ = data.batch(128, args.seed, "auto-encoder", step)
     return F.mse_loss(translator(images), images)
 
@@ -289,35 +290,40 @@ def reconstruction_loss(translator, data, args, step):
 
 
 def learn_space(net, data, args, path):
-    """Alg. 1: the parameters of `net` become those of a distillation space, in place."""
-    outer = build_network(data)
+    """Alg. 1: turn `net` into a distillation space, in place -> seconds.
+
+    Steps, rate and batches of real images (the paper: all) are ours.
+    """
+    judge = build_network(data)
     optimizer = torch.optim.Adam(net.blocks.parameters(), lr=args.lr_adapt)
     state = {"net": net, "optimizer": optimizer}
     run = common.Run(path, data, replace(args, iterations=args.outer_steps, eval_every=0), state)
     for i in range(run.start, args.outer_steps):
         key = (args.seed, "space", i)
-        images, labels = start_synthetic(data, args.ipc, args, *key)  # line 3
-        real = data.batch(args.batch_real, *key)
-        outer.reset(*key)  # line 10
+        images, labels = start_synthetic(data, args.ipc, args, *key, "start")  # line 3
+        real = data.batch(args.batch_real, *key, "real")
+        judge.reset(*key, "judge")  # line 10
         optimizer.zero_grad()
-        loss = bilevel_gradient(net, outer, images, labels, *real, data, args)
+        loss = bilevel_gradient(net, judge, images, labels, *real, data, args)
         optimizer.step()  # line 13
         run.step(i, loss)
+    return run.seconds
 
 
-def bilevel_gradient(net, outer, images, labels, real, real_labels, data, args, lr=2.0):
+def bilevel_gradient(net, judge, images, labels, real, real_labels, data, args, lr=2.0):
     """Alg. 1, lines 4 to 13 -> loss; its gradient is added to the parameters of `net`.
 
-    T steps of gradient descent on images and labels in `net`, judged in `outer`; lr 2 on half the
+    T steps of gradient descent on images and labels in `net`, judged in `judge`; lr 2 on half the
     mean over 1,024 images is the paper's 1e-3 on the sum of squares. As in common.match_trajectory
     the steps are gone through backwards one at a time, so memory does not grow with T.
     """
     net.requires_grad_(True)
-    params = list(net.blocks.parameters())
     truth = common.center_labels(real_labels, len(data.classes))
+    real_features = net.features(real)  # line 4
+    target = real_features.detach().requires_grad_()
 
     def gradient(x, y, create_graph):
-        loss = nfr(net, x, y, net.features(real), truth, data, args)
+        loss = nfr(net, x, y, target, truth, data, args)
         return torch.autograd.grad(loss, (x, y), create_graph=create_graph)
 
     tape = []
@@ -328,20 +334,18 @@ def bilevel_gradient(net, outer, images, labels, real, real_labels, data, args, 
         images, labels = leaves[0].detach() - lr * dx, leaves[1].detach() - lr * dy
     images.requires_grad_()
     labels.requires_grad_()
-    loss = nfr(outer, images, labels, features(outer, real), truth, data, args)  # lines 11, 12
+    loss = nfr(judge, images, labels, features(judge, real), truth, data, args)  # lines 11, 12
     adjoints = torch.autograd.grad(loss, (images, labels))
     for x, y in reversed(tape):
         dx, dy = gradient(x, y, create_graph=True)
-        product = -lr * ((dx * adjoints[0]).sum() + (dy * adjoints[1]).sum())
-        gx, gy, *rest = torch.autograd.grad(product, (x, y, *params))
-        adjoints = adjoints[0] + gx, adjoints[1] + gy
-        for p, g in zip(params, rest, strict=True):
-            p.grad = g if p.grad is None else p.grad + g
+        (-lr * ((dx * adjoints[0]).sum() + (dy * adjoints[1]).sum())).backward()
+        adjoints = adjoints[0] + x.grad, adjoints[1] + y.grad
+    real_features.backward(target.grad)
     net.requires_grad_(False)
     return loss.detach()
 
 
-# ------------------------------------------------------------ the whole
+# ------------------------------------------------------------ distill, pre-train, decode
 
 
 def distill(data, args, path):
@@ -350,11 +354,13 @@ def distill(data, args, path):
     An adapted translator is written beside it, for other budgets (Fig. 4c).
     """
     theta = build_network(data)
-    beside = partial("{}_{}.pt".format, path.stem)
-    if args.mode in ("one-net", "bilevel"):  # "all with 4k iterations" (Sec. 4.3)
+    translator, seconds = None, 0
+    if args.mode in TRANSLATED:
+        translator, seconds = start_translator(data, args, path)
+    if args.mode not in ("adapted", "scratch", "autoencoder"):  # 4k for all (Sec. 4.3)
         args = replace(args, iterations=args.iterations + args.adapt_steps)
     if args.mode == "bilevel":
-        learn_space(theta, data, args, path.with_name(beside("space")))
+        seconds = learn_space(theta, data, args, path.with_name(f"{path.stem}_space.pt"))
     target, target_labels = None, None
     if args.mode != "baseline":
         target = features(theta, data.train)  # line 5
@@ -363,34 +369,33 @@ def distill(data, args, path):
     images, labels, run = distill_in_one_network(
         theta, images, labels, target, target_labels, data, args, path
     )
-    if args.mode in MODES[:4]:
-        translator = start_translator(data, args, path)
-        if args.mode != "no-adaptation":
-            network = build_network(data)
-            loss_of = partial(adaptation_loss, translator, network, images, labels, data, args)
-            where = path.with_name(beside("adapted"))
-            run.seconds += train_translator(
-                translator, data, args, where, args.adapt_steps, args.lr_adapt, loss_of
-            )
+    if args.mode in TRANSLATED and args.mode != "no-adaptation":
+        network = build_network(data)
+        loss_of = partial(adaptation_loss, translator, network, images, labels, data, args)
+        adapted = path.with_name(f"{path.stem}_adapted.pt")
+        rest = (args.adapt_steps, args.lr_adapt, loss_of)
+        seconds += train_translator(translator, data, args, adapted, *rest)
+    if translator:
         with torch.no_grad():
             images = translator(images)
+    run.seconds += seconds
     return common.save_distilled(path, data, args, {"images": images, "labels": labels}, run)
 
 
 def start_translator(data, args, path):
-    """The translator before adaptation. Raises UserError if the mode needs a file."""
+    """The translator before adaptation, and seconds. Raises UserError if the mode needs a file."""
     common.seed(args.seed, "translator")
-    translator = Translator().to(data.device)
+    translator, seconds = Translator().to(data.device), 0
     if args.mode == "autoencoder":
         loss_of = partial(reconstruction_loss, translator, data, args)
-        where = path.with_name(f"{path.stem}_encoder.pt")
-        train_translator(translator, data, args, where, args.ae_steps, 1e-3, loss_of)
-    elif args.mode != "scratch":
+        file = path.with_name(f"{path.stem}_encoder.pt")
+        seconds = train_translator(translator, data, args, file, args.ae_steps, 1e-3, loss_of)
+    elif args.mode in ("adapted", "no-adaptation"):
         stored = common.load(args.translator, "a translator (--translator, see --mode pretrain)")
-        if stored.get("preprocess") != data.preprocess.kind:
+        if "weights" not in stored or stored["preprocess"] != data.preprocess.kind:
             raise common.UserError(f"{args.translator} is no translator for {data.preprocess.kind}")
         translator.load_state_dict(stored["weights"])
-    return translator
+    return translator, seconds
 
 
 def pretrain(data, args):
@@ -401,11 +406,10 @@ def pretrain(data, args):
     for n in range(args.subsets):
         cached_subset(data, theta, n, args)
         progress.step()
-    common.seed(args.seed, "translator")
-    translator = Translator().to(data.device)
-    network = build_network(data)
-    loss_of = partial(pretraining_loss, translator, network, theta, data, args)
-    train_translator(translator, data, args, path, args.pretrain_steps, args.lr_pretrain, loss_of)
+    translator, _ = start_translator(data, args, path)
+    loss_of = partial(pretraining_loss, translator, build_network(data), theta, data, args)
+    rest = (args.pretrain_steps, args.lr_pretrain, loss_of, args.batch)
+    train_translator(translator, data, args, path, *rest)
 
 
 def decode(distilled, device="cpu"):
@@ -421,15 +425,17 @@ def protocol(settings, count):
 
 def main():
     args = common.parse_args(Args, PRESETS)
+    if args.eval_every:
+        raise common.UserError("this method scores at the end only: leave out --eval-every")
     path = common.output_path(f"translator_fewshot_{args.mode}", args)
     data = common.load_dataset(args)
     if args.mode == "pretrain":
         return pretrain(data, args)
-    if args.mode in ("adapted", "no-adaptation"):  # fail before the distillation
-        start_translator(data, args, path)
     distilled = distill(data, args, path)
     images, labels = decode(distilled, data.device)
-    common.save_grid(path.with_suffix(".png"), data, images[0], columns=min(args.ipc, 10))
+    common.save_grid(
+        path.with_suffix(".png"), data, images[0], columns=min(len(labels) // len(data.classes), 10)
+    )
     common.score(data, distilled, images, labels, protocol(None, len(labels)), args)
 
 

@@ -11,15 +11,7 @@ import json
 import pathlib
 import sys
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-
-def read_rows(path):
-    """The lines of results.jsonl -> list of dicts."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+import matplotlib.pyplot as plt
 
 
 def draw_losses(axes, folder):
@@ -33,7 +25,7 @@ def draw_losses(axes, folder):
 
 
 def draw_accuracies(panels, rows):
-    """One panel a kind of row; scores of equal jobs are joined over their iterations."""
+    """One panel for each kind of row."""
     scores = {}
     for row in rows:
         name = f"{row['method']}, {row['dataset']}, {row['per_class']} a class, {row['network']}"
@@ -42,8 +34,7 @@ def draw_accuracies(panels, rows):
         elif row.get("kind") == "continual":
             panels[2].errorbar(row["classes_seen"], row["accuracy"], row["std"], label=name)
         else:
-            point = (row["iterations"], row["accuracy"], row["std"])
-            scores.setdefault(name, []).append(point)
+            scores.setdefault(name, []).append((row["iterations"], row["accuracy"], row["std"]))
     for name, points in scores.items():
         steps, means, stds = zip(*sorted(points), strict=True)
         panels[0].errorbar(steps, means, stds, marker="o", label=name)
@@ -55,7 +46,9 @@ def main():
     folder = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "out")
     figure, panels = plt.subplots(1, 4, figsize=(20, 5), layout="constrained")
     draw_losses(panels[0], folder)
-    draw_accuracies(panels[1:], read_rows(folder / "results.jsonl"))
+    if (folder / "results.jsonl").exists():
+        lines = (folder / "results.jsonl").read_text().splitlines()
+        draw_accuracies(panels[1:], [json.loads(line) for line in lines])
     for axes in panels:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

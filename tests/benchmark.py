@@ -1,444 +1,199 @@
-"""How long one iteration of each method takes, beside the plain way of doing it and beside the arithmetic floor.
+"""Time and memory of one iteration of each method, beside the arithmetic floor.
 
-    python tests/benchmark.py                       # the table; on a CPU about twenty minutes
-    python tests/benchmark.py --growth              # time and memory over images a class and student steps
-    python tests/benchmark.py --only dm mtt         # some rows
+    python tests/benchmark.py --quick                 # a few minutes on two cores
+    python tests/benchmark.py --against FOLDER        # also times the first version, in FOLDER
 
-Images are noise in CIFAR-10's shape: no download, and the time does not depend on them. Each measurement runs in a
-process of its own, whose peak memory (resident on a CPU, allocated on a GPU) stands beside it. The plain way is what a
-first version of each method does: one class, decoder or network after another, the whole graph kept, float32, no chunks.
-The floor: multiplications and additions of all convolutions and matrix products of one iteration, as ours does it,
-divided by the rate that this machine reaches in a large matrix product of the same type (times 2048^3). Nothing here
-runs in the test run."""
+Images are noise, 3x32x32 in 10 classes. Seconds: the median of the iterations that fit into the
+budget, without the first. MB: the peak above what was held before. Floor: the convolutions'
+arithmetic, counted by hand, over the rate of a large matrix product. In forward passes an image
+costs 1 without a gradient, 2 with its own, 3 with the network's, 9 in a student step (3 forward and
+backward, 6 for the gradient of the gradient).
+"""
+
 import argparse
-import json
-import math
+import ctypes
+import importlib
+import itertools
 import pathlib
-import subprocess
 import sys
-import tempfile
 import time
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import common, dm, frepo, haba, kfs, mtt, translator_fewshot  # noqa: E401,E402
-from plain import peak_memory, plain_match  # noqa: E402
 
-SHAPE, CLASSES, SEED = (3, 32, 32), 10, 0
-FOLDER = tempfile.TemporaryDirectory(prefix="benchmark_")
+import common  # noqa: E402
+import dm  # noqa: E402
+import frepo  # noqa: E402
+import haba  # noqa: E402
+import kfs  # noqa: E402
+
+SHAPE, CLASSES = (3, 32, 32), 10
+PATH = pathlib.Path("nowhere/benchmark.pt")
+# Operations of a forward pass of an image, in the ConvNet and in FRePo's
+CONVNET = 2 * (27 * 128 * 32**2 + 1152 * 128 * (16**2 + 8**2) + 2048 * CLASSES)
+FREPO = 2 * (27 * 128 * 32**2 + 1152 * 256 * 16**2 + 2304 * 512 * 8**2 + 8192 * CLASSES)
 
 
-def noise(count, device):
-    """A common.Dataset of `count` training images of noise in CIFAR-10's shape, the classes of equal size."""
-    g = torch.Generator().manual_seed(SEED)
-    images, labels = torch.randn(count, *SHAPE, generator=g), torch.arange(count) % CLASSES
+class Timer:
+    """Take the place of common.Run; raise TimeoutError(seconds, MB) when the budget is spent."""
+
+    start, budget = 0, 10.0
+
+    def __init__(self, *_):
+        self.times, self.held, self.last = [], peak_memory(reset=True), time.perf_counter()
+
+    def step(self, *_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter() - self.last)
+        self.last = time.perf_counter()
+        if sum(self.times) > self.budget:
+            times = sorted(self.times[1:] or self.times)
+            raise TimeoutError(times[len(times) // 2], peak_memory() - self.held)
+
+
+def peak_memory(reset=False):
+    """Peak in MB: allocated on a GPU, resident on a CPU (Linux). reset: forget the peak so far."""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
+    if reset:
+        ctypes.CDLL(None).malloc_trim(0)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def measure(work, *args):
+    """Call work(*args), a loop with a Timer -> seconds of an iteration, MB."""
+    try:
+        work(*args)
+    except TimeoutError as end:
+        return end.args
+
+
+def timed(loop):
+    timer = Timer()
+    for item in loop:
+        yield item
+        timer.step()
+
+
+def repeat(function, *args):
+    for _ in timed(itertools.count()):
+        function(*args)
+
+
+def matmul_rate(device, dtype):
+    """Operations a second in a product of matrices of side 2048."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in convolutions
+    x = torch.randn(2048, 2048, device=device).to(dtype)
+    rate = 2 * 2048**3 / measure(repeat, torch.matmul, x, x)[0]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return rate
+
+
+def make_data(version, device, count=5120):
+    """A Dataset of noise; version: common.py, or that of the first version."""
+    images = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = (torch.arange(count) % CLASSES).to(device)
     mean = torch.zeros(3, 1, 1, device=device)
-    return common.Dataset("noise", [str(c) for c in range(CLASSES)], images.to(device), labels.to(device),
-                          images[:2000].to(device), labels[:2000].to(device),
-                          common.Preprocess("standardise", "noise", mean, mean + 1))
-
-
-def fake_experts(settings, device):
-    """Two experts that move as far in an epoch as real ones do, roughly."""
-    net = common.seeded(("experts",), common.ConvNet, SHAPE, CLASSES)
-    start, epochs = common.flat_parameters(net), settings["max_start"] + settings["expert_epochs"] + 1
-    walk = .01 * torch.randn(2, epochs, len(start), generator=torch.Generator().manual_seed(1)).cumsum(1)
-    return (start + walk).to(device)
-
-
-def fresh_checkpoint():
-    """A path where nothing lies yet; the folder goes with the process."""
-    return pathlib.Path(tempfile.mkdtemp(dir=FOLDER.name)) / "checkpoint"
-
-
-def train_plainly(images, labels, epochs, **of_sgd):
-    """A ConvNet trained on images for some epochs, in float32, a batch at a time -> the network."""
-    net = common.ConvNet(SHAPE, CLASSES).to(images.device)
-    sgd = torch.optim.SGD(net.parameters(), **of_sgd)
-    for epoch in range(epochs):
-        for step, index in enumerate(torch.randperm(len(images)).to(images.device).split(256)):
-            x = common.dsa(images[index], *common.draw_dsa(len(index), epoch, step, device=images.device))
-            loss = F.cross_entropy(net(x), labels[index])
-            sgd.zero_grad()
-            loss.backward()
-            sgd.step()
-    return net
-
-
-def siamese_means(net, images, draw):
-    return net.features(common.dsa(images, *draw)).mean(0)
-
-
-# ------------------------------------------------------------------------------------------ one row of the table each
-#
-# row(device, per_class, steps) -> (ours(n), plain(n), images): n iterations our way and the plain way, and how many
-# images (real and synthetic, each time one goes through a network) there are in an iteration.
-
-def row_expert(device, per_class, steps):
-    """An expert's epoch, of 5,120 images: a tenth of CIFAR-10's."""
-    data = noise(5120, device)
-
-    def ours(n):
-        net = common.ConvNet(SHAPE, CLASSES).to(device)
-        for _ in common.expert_epochs(data, net, None, n, ("benchmark",)):
-            pass
-
-    def plain(n):
-        train_plainly(data.train, data.train_labels, n, lr=.01)
-
-    return ours, plain, len(data.train)
-
-
-def row_evaluation(device, per_class, steps):
-    """Ten epochs of the training of five networks on `per_class` images a class, and their test on 2,000 images."""
-    data = noise(2000, device)
-    images, labels = data.random_real(per_class, SEED, "images")
-
-    def ours(n):
-        common.train_and_test(data, lambda run, index, *key: (images[index], labels[index]), len(images), epochs=10 * n)
-
-    def plain(n):
-        for _ in range(5):
-            net = train_plainly(images, labels, 10 * n, lr=.01, momentum=.9, weight_decay=5e-4)
-            with torch.no_grad():
-                torch.cat([net(x) for x in data.test.split(256)]).argmax(1).eq(data.test_labels).float().mean().item()
-
-    return ours, plain, 5 * 10 * len(images)
-
-
-def row_dm(device, per_class, steps):
-    """DM: 256 real images a class."""
-    data, settings = noise(5120, device), dict(dm.SETTINGS["cifar10", 1])
-
-    def ours(n):
-        dm.distill(data, per_class, settings | {"iterations": n}, SEED, fresh_checkpoint())
-
-    def plain(n):  # one class after another
-        images, _ = data.random_real(per_class, SEED, "images")
-        images.requires_grad_()
-        sgd = torch.optim.SGD([images], lr=1., momentum=.5)
-        for it in range(n):
-            net, loss = common.ConvNet(SHAPE, CLASSES).to(device).requires_grad_(False), 0
-            for c in range(CLASSES):
-                real = data.train[data.train_labels == c]
-                real = real[torch.randperm(len(real)).to(device)[:256]]
-                draw = common.draw_dsa(1, it, device=device)
-                gap = siamese_means(net, real, draw).detach() - siamese_means(
-                    net, images[c * per_class:(c + 1) * per_class], draw)
-                loss = loss + gap.square().sum()
-            sgd.zero_grad()
-            loss.backward()
-            sgd.step()
-
-    return ours, plain, CLASSES * (256 + per_class)
-
-
-def row_mtt(device, per_class, steps):
-    """MTT: an iteration of `steps` student steps."""
-    data = noise(1000, device)
-    settings = mtt.PAPER | mtt.SETTINGS["cifar10", 10] | {"student_steps": steps}
-    experts = fake_experts(settings, device)
-
-    def ours(n):
-        mtt.distill(data, per_class, settings | {"iterations": n}, SEED, experts, fresh_checkpoint())
-
-    def plain(n):  # the whole graph kept
-        net = common.ConvNet(SHAPE, CLASSES).to(device)
-        images, labels = data.random_real(per_class, SEED, "images")
-        images.requires_grad_()
-        step_size = torch.tensor(.01, device=device, requires_grad=True)
-        sgd = torch.optim.SGD([images], lr=100., momentum=.5)
-        for it in range(n):
-            start, target = common.draw_start(experts, settings, it)
-            sgd.zero_grad()
-            plain_match(net, start, target, step_size, lambda s: (common.dsa(
-                images, *common.draw_dsa(len(images), it, s, device=device)), labels), steps)
-            sgd.step()
-
-    return ours, plain, CLASSES * per_class * steps
-
-
-def row_compiled(device, per_class, steps):
-    """MTT with --compile: an iteration of `steps` student steps."""
-    data, net = noise(1000, device), common.ConvNet(SHAPE, CLASSES).to(device).requires_grad_(False)
-    images, labels = data.random_real(per_class, SEED, "images")
-    images.requires_grad_()
-    start, step_size = common.flat_parameters(net), torch.tensor(.01, device=device)
-
-    def ours(n, compiled=True):  # one network: mtt.distill has a new one in every run, which compiles anew
-        for it in range(n):
-            images.grad = None
-            common.match_trajectory(net, start, start + .01, step_size, lambda s: (common.dsa(
-                images, *common.draw_dsa(len(images), it, s, device=device)), labels), steps, compiled)
-
-    return ours, row_mtt(device, per_class, steps)[1], CLASSES * per_class * steps
-
-
-def row_haba(device, per_class, steps):
-    """HaBa: an iteration of `steps` student steps, five hallucinators, cosine term and adversary."""
-    data = noise(1000, device)
-    settings = haba.PAPER | haba.SETTINGS["cifar10", 10] | {"student_steps": steps}
-    experts = fake_experts(settings, device)
-
-    def ours(n):
-        haba.distill(data, per_class, settings | {"iterations": n}, SEED, experts, fresh_checkpoint())
-
-    def plain(n):  # the whole graph kept, through the hallucinators too; one image and hallucinator after another
-        net = common.ConvNet(SHAPE, CLASSES).to(device)
-        adversary = common.ConvNet(SHAPE, CLASSES).to(device)
-        bases, labels = data.random_real(per_class, SEED, "bases")
-        bases.requires_grad_()
-        hallucinators = [haba.Hallucinators(1, SHAPE, SHAPE).to(device) for _ in range(5)]
-        step_size = torch.tensor(.01, device=device, requires_grad=True)
-        sgd = torch.optim.SGD([bases, *(p for h in hallucinators for p in h.parameters())], lr=1., momentum=.95)
-        of_adversary = torch.optim.SGD(adversary.parameters(), lr=.001, momentum=.9)
-
-        def compose(j):
-            return torch.cat([hallucinators[j](basis[None], [0])[0] for basis in bases])
-
-        for it in range(n):
-            start, target = common.draw_start(experts, settings, it)
-            sgd.zero_grad()
-            plain_match(net, start, target, step_size, lambda s: (common.dsa(
-                compose(s % 5), *common.draw_dsa(len(bases), it, s, device=device)), labels), steps)
-            pair = [compose(0), compose(1)]
-            (.1 * haba.cosine_loss(torch.stack([adversary.features(x) for x in pair]))).backward()
-            sgd.step()
-            of_adversary.zero_grad()
-            features = torch.stack([adversary.features(x.detach()) for x in pair])
-            loss = sum(F.cross_entropy(adversary.classifier(f), labels) for f in features) / 2
-            (loss + .1 * haba.contrastive_loss(features, labels)).backward()
-            of_adversary.step()
-
-    return ours, plain, CLASSES * per_class * (steps + 4)
-
-
-def row_kfs(device, per_class, steps):
-    """KFS with stored real means (an iteration without them adds the features of all real images)."""
-    data = noise(4000, device)
-    settings = kfs.settings_of("cifar10", SHAPE, per_class) | {"pretrain": 1, "real_means": 2}
-    draws = [common.flat_parameters(common.ConvNet(SHAPE, CLASSES)).to(device) for _ in range(2)]
-    means = torch.randn(2, CLASSES, 2048, generator=torch.Generator().manual_seed(1)).to(device)
-    real_means = (torch.stack(draws), means, (None, None))
-
-    def ours(n):
-        kfs.distill(data, per_class, settings | {"iterations": n}, SEED, fresh_checkpoint(), real_means)
-
-    def plain(n):  # one decoder and class after another, the whole graph kept
-        codes, decoders = kfs.pretrain(data, settings, SEED)
-        codes.requires_grad_()
-        adam = torch.optim.Adam([codes, *decoders.parameters()], lr=.01)
-        net = common.ConvNet(SHAPE, CLASSES).to(device).requires_grad_(False)
-        for it in range(n):
-            torch.nn.utils.vector_to_parameters(draws[it % 2], net.parameters())
-            loss = 0
-            for c in range(CLASSES):
-                ours = [net.features(decoders(codes[c], torch.tensor([d], device=device)).flatten(0, 1))
-                        for d in range(settings["decoders"])]
-                loss = loss + (means[it % 2, c] - torch.cat(ours).mean(0)).square().sum() / 2 / CLASSES
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-
-    return ours, plain, CLASSES * settings["codes"] * settings["decoders"]
-
-
-def row_frepo(device, per_class, steps):
-    """FRePo: 1,024 real images, a pool of ten networks."""
-    data, settings = noise(5120, device), dict(frepo.ROW)
-
-    def ours(n):
-        frepo.distill(data, per_class, settings | {"iterations": n}, SEED, fresh_checkpoint())
-
-    def plain(n):  # a graph through the real images as well, the inverse written out
-        images, numbers = data.random_real(per_class, SEED, "images")
-        labels = common.centre_labels(numbers, CLASSES)
-        lamb = frepo.Lamb([images.requires_grad_(), labels.requires_grad_()], 3e-4)
-        pool = [common.FRePoNet(SHAPE, CLASSES, norm=True).to(device) for _ in range(10)]
-        adams = [torch.optim.Adam(net.parameters(), lr=3e-4) for net in pool]
-        for it in range(n):
-            net, adam = pool[it % 10], adams[it % 10]
-            some = torch.randperm(len(data.train)).to(device)[:1024]
-            support = net.features(torch.cat([images, images.flip(3)])).double()
-            kernel = support @ support.T
-            kernel = kernel + 1e-6 * kernel.trace() / len(kernel) * torch.eye(len(kernel), device=device)
-            predicted = net.features(data.train[some]).double() @ support.T @ kernel.inverse() @ torch.cat([labels] * 2).double()
-            lamb.zero_grad()
-            (common.squared_error(predicted, common.targets(data.train_labels[some], CLASSES)) / 1024
-             + frepo.margin_loss(labels)).backward()
-            lamb.step()
-            adam.zero_grad()
-            (common.squared_error(net(images.detach()), labels.detach()) / len(images)).backward()
-            adam.step()
-
-    return ours, plain, 1024 + 3 * CLASSES * per_class
-
-
-def row_translator(device, per_class, steps):
-    """Translator: a step of the distillation in one network, against 5,120 real images."""
-    data, settings = noise(5120, device), dict(translator_fewshot.PAPER)
-    net = translator_fewshot.one_network(data)
-    real_labels = common.targets(data.train_labels, CLASSES)
-
-    def ours(n):
-        real_features = common.features(net, data.train)
-        images, labels = translator_fewshot.start_synthetic(data, per_class, settings, SEED, "images")
-        translator_fewshot.distil_in_one_network(net, images, labels, real_features, real_labels,
-                                                 settings | {"steps": n}, SHAPE[-1], (SEED,))
-
-    def plain(n):  # the real images' features computed again in every step
-        images, labels = translator_fewshot.start_synthetic(data, per_class, settings, SEED, "images")
-        adam = torch.optim.Adam([images.requires_grad_(), labels.requires_grad_()], lr=.001)
-        for it in range(n):
-            with torch.no_grad():
-                real_features = torch.cat([net.features(x) for x in data.train.split(256)])
-            loss = common.nfr_loss(net.features(images), labels, real_features, real_labels)
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-
-    return ours, plain, CLASSES * per_class
-
-
-ROWS = {name.removeprefix("row_"): row for name, row in list(globals().items()) if name.startswith("row_")}
-
-
-# ------------------------------------------------------------------------------------------ measuring
-
-class Counter(TorchDispatchMode):
-    """Floating-point operations of all convolutions and matrix products that run inside, by type, as torch's own
-    counter takes them from the layers' shapes."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **kwargs or {})
-        if function._overloadpacket in flop_registry:
-            first = next(t for t in (found if isinstance(found, (tuple, list)) else [found]) if torch.is_tensor(t))
-            count = flop_registry[function._overloadpacket](*args, **kwargs or {}, out_val=found)
-            self.total[str(first.dtype)] = self.total.get(str(first.dtype), 0) + count
-        return found
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def rates(device):
-    """Operations a second in a matrix product of 2048 x 2048 numbers of each type, the best of ten."""
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        a, best = torch.randn(2048, 2048, device=device).to(dtype), math.inf
-        for _ in range(10):
-            began = time.time()
-            a @ a
-            wait(device)
-            best = min(best, time.time() - began)
-        found[str(dtype)] = 2 * 2048 ** 3 / best
-    return found
-
-
-def measure(row, way, device, per_class, steps, budget):
-    """-> dict(seconds: of one iteration, peak_mb, images, floor: seconds)."""
-    device = common.pick_device(device)
-    ours, plain, images = ROWS[row](device, per_class, steps)
-    run = {"ours": ours, "plain": plain}[way]
-
-    def clock(n):
-        began = time.time()
-        run(n)
-        wait(device)
-        return time.time() - began
-
-    clock(1)  # warm
-    first = clock(1)
-    n = max(1, min(40, int(budget / first)))
-    # What begins and ends a run (random images, a checkpoint) is the same for 1 and for n + 1 iterations: it cancels out.
-    seconds = min((clock(1 + n) - min(first, clock(1))) / n for _ in range(2))
-    peak = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else peak_memory()
-    floor = None
-    if way == "ours":
-        counts = []
-        for k in (1, 2):
-            with Counter() as counter:  # counts operations one by one: not what is compiled
-                run(k, **{"compiled": False} if row == "compiled" else {})
-            counts.append(counter.total)
-        rate = rates(device)
-        floor = sum((total - counts[0].get(kind, 0)) / rate[kind] for kind, total in counts[1].items())
-    return {"seconds": seconds, "peak_mb": round(peak), "images": images, "floor": floor}
-
-
-def in_a_process(*args):
-    """measure(...) in a process of its own -> its dict, or None where memory was short."""
-    done = subprocess.run([sys.executable, __file__, "--measure", *map(str, args)], capture_output=True, text=True)
-    if done.returncode:
-        print(f"{' '.join(map(str, args))}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def show(seconds):
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
-
-
-def table(rows, args):
-    """The Markdown table of ours, plain and floor."""
-    print("| one iteration | ours | images/s | memory | the plain way | memory | times faster | floor | ours / floor |\n"
-          "| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        ours, plain = (in_a_process(row, way, args.device, args.per_class, args.steps, args.budget)
-                       for way in ("ours", "plain"))
-        if not ours:
-            continue
-        right = f"{show(plain['seconds'])} | {plain['peak_mb']:,} MB | {plain['seconds'] / ours['seconds']:.2f}" if plain \
-            else "out of memory | |"
-        what = ROWS[row].__doc__.rstrip(".").replace("`per_class`", str(args.per_class)).replace("`steps`", str(args.steps))
-        print(f"| {what} | {show(ours['seconds'])} | {ours['images'] / ours['seconds']:,.0f} | {ours['peak_mb']:,} MB | "
-              f"{right} | {show(ours['floor'])} | {ours['seconds'] / ours['floor']:.1f} |", flush=True)
-
-
-def growth(rows, args):
-    """Time and memory of our way over images a class and student steps, with the exponent between the ends."""
-    print("| one iteration | over | time | exponent | memory |\n| --- | --- | --- | --- | --- |")
-    for row in rows:
-        plans = [("images a class", (1, 10, 50), lambda x: (x, 10))]
-        plans += [("student steps", (10, 20, 40), lambda x: (1, x))] * (row in ("mtt", "compiled", "haba"))
-        for what, values, place in plans * (row != "expert"):
-            found = [in_a_process(row, "ours", args.device, *place(x), args.budget) for x in values]
-            if not all(found):
-                continue
-            exponent = math.log(found[-1]["seconds"] / found[0]["seconds"]) / math.log(values[-1] / values[0])
-            print(f"| {row} | {what} {', '.join(map(str, values))} | {', '.join(show(f['seconds']) for f in found)} | "
-                  f"{exponent:.2f} | {', '.join(format(f['peak_mb'], ',') for f in found)} MB |", flush=True)
+    preprocess = version.Preprocess("standardize", "noise", mean, mean + 1)
+    return version.Dataset("noise", list("0123456789"), *(images, labels) * 2, preprocess)
+
+
+def match(version, device, ipc, steps):
+    """Match trajectories on the same inputs with either version."""
+    torch.manual_seed(0)
+    net = version.ConvNet(SHAPE, CLASSES).to(device)
+    start = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    target, step_size = start + 0.01 * torch.randn_like(start), torch.tensor(0.01, device=device)
+    images = torch.randn(CLASSES * ipc, *SHAPE, device=device).requires_grad_()
+    labels = torch.arange(CLASSES, device=device).repeat_interleave(ipc)
+
+    def batch(n):
+        return common.dsa(images, True, n), labels
+
+    repeat(version.match_trajectory, net, start, target, step_size, batch, steps)
+
+
+def epoch(device, count):
+    """An epoch of training on `count` images."""
+    data = make_data(common, device, count)
+    net = common.ConvNet(SHAPE, CLASSES).to(device).reset("benchmark")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    repeat(common.train_epoch, net, optimizer, data, data.train[None], data.train_labels, 0)
+
+
+def distill(module, device, **settings):
+    """The loop of a method, without checkpoints."""
+    module.distill(make_data(common, device), module.Args(**settings), PATH)
+
+
+def load_first_version(folder):
+    """common.py and dm.py of the first version, beside ours of the same names."""
+    ours = {name: sys.modules.pop(name) for name in ("common", "dm")}
+    sys.path.insert(0, folder)
+    first, module = (importlib.import_module(name) for name in ours)
+    sys.path.remove(folder)
+    sys.modules.update(ours)
+    first.iterations = lambda total, *_: timed(range(total))
+    return first, module
+
+
+def first_epoch(first, device, count):
+    data, net = make_data(first, device, count), first.ConvNet(SHAPE, CLASSES).to(device)
+    for _ in timed(first.expert_epochs(data, net, None, 10**6, ("benchmark",))):
+        pass
+
+
+def rows(device, quick, first, module):
+    """Yield name, images, operations in float32 and in autocast's type, work, first version's."""
+    for ipc, steps in itertools.product((1, 10) if quick else (1, 10, 50), (10, 20, 40)):
+        if steps == 10 or not quick:
+            name, n = f"match_trajectory, {ipc} a class, {steps} steps", CLASSES * ipc * steps
+            works = [partial(match, version, device, ipc, steps) for version in (common, first)]
+            yield name, n, 9 * n * CONVNET, 0, *works
+    yield "score's epoch, 100 images", 100, 0, 300 * CONVNET, partial(epoch, device, 100), None
+    works = partial(epoch, device, 2048), partial(first_epoch, first, device, 2048)
+    yield "expert's epoch, 2,048 images", 2048, 0, 3 * 2048 * CONVNET, *works
+    work = partial(distill, haba, device, bpc=10, student_steps=10)
+    yield "HaBa, 10 a class, 10 steps", 1400, (9000 + 400 + 600) * CONVNET, 0, work, None
+    work = partial(distill, frepo, device, ipc=10)
+    yield "FRePo, 10 a class, 1,024 real", 1324, (400 + 300) * FREPO, 1024 * FREPO, work, None
+    work = partial(distill, kfs, device, pretrain=1, batch_real=256)
+    yield "KFS, 1 a class, 256 real", 3840, (2560 + 2 * 1280) * CONVNET, 0, work, None
+    rest = first and (make_data(first, device), 10, module.SETTINGS["cifar10", 1], 0, PATH)
+    works = partial(distill, dm, device, ipc=10), first and partial(module.distill, *rest)
+    yield "DM, 10 a class, 256 real", 2660, 200 * CONVNET, 2560 * CONVNET, *works
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time one iteration of each method.")
-    add = parser.add_argument
-    add("--only", nargs="+", choices=ROWS, default=list(ROWS), help="some rows")
-    add("--growth", action="store_true", help="over images a class and student steps")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--per-class", type=int, default=10, help="images, or bases, a class (10)")
-    add("--steps", type=int, default=30, help="student steps of MTT and HaBa (30)")
-    add("--budget", type=float, default=10., help="seconds to measure for, each (10)")
-    add("--measure", nargs=6, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, two seconds a row")
+    parser.add_argument("--against", metavar="FOLDER", help="the first version's scripts")
     args = parser.parse_args()
-    if args.measure:
-        row, way, device, per_class, steps, budget = args.measure
-        print(json.dumps(measure(row, way, device, int(per_class), int(steps), float(budget))))
-        return
-    device = common.pick_device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {args.per_class} images a class, {args.steps} student steps. Matrix "
-          f"products: {', '.join(f'{kind[6:]} {rate / 1e9:,.0f} GFLOP/s' for kind, rate in rates(device).items())}\n")
-    (growth if args.growth else table)(args.only, args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Timer.budget = 2.0 if args.quick else 10.0
+    experts = torch.randn(2, 30, 320010, device=device) / 100
+    common.Run, common.load_experts = Timer, lambda *_: experts
+    versions = load_first_version(args.against) if args.against else (None, None)
+
+    low = torch.bfloat16 if common.autocast(device)._enabled else torch.float32
+    rates = matmul_rate(device, torch.float32), matmul_rate(device, low)
+    speed = f"{rates[0] / 1e9:.0f} GFLOP/s in float32, {rates[1] / 1e9:.0f} in {low}"
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {speed}\n")
+    print("| one iteration | seconds | images/s | MB | floor | over floor | first version |")
+    print("| --- " * 7 + "|")
+    for name, images, exact, reduced, work, theirs in rows(device, args.quick, *versions):
+        seconds, megabytes = measure(work)
+        floor = exact / rates[0] + reduced / rates[1]
+        first = f"{measure(theirs)[0]:.3g}" if args.against and theirs else ""
+        numbers = f"{seconds:.3g} | {images / seconds:.0f} | {megabytes:.0f} | {floor:.3g}"
+        print(f"| {name} | {numbers} | {seconds / floor:.2f} | {first} |", flush=True)
 
 
 if __name__ == "__main__":

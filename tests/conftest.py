@@ -1,64 +1,73 @@
-"""What the tests share: the repository on sys.path, few threads, a tiny data set, a way to call a program."""
-import contextlib
-import pathlib
-import sys
+"""What the tests share: the repository on sys.path, settings, a tiny data set, subprocesses."""
 
-import numpy as np
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+from dataclasses import dataclass
+
 import pytest
 import torch
-from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # the images are tiny: more threads only wait for each other
+torch.set_num_threads(1)  # more only wait for each other
 
 import common  # noqa: E402
 
 
-def make_folder(folder, classes=("ant", "bee", "cat"), train=8, test=20, size=16, grey=False):
-    """Write folder/train/<class>/*.png and folder/test/<class>/*.png: blobs, a place and a tint for each class."""
-    random = np.random.default_rng(7)
-    y, x = np.mgrid[:size, :size] / size
-    for split, count in (("train", train), ("test", test)):
-        for label, name in enumerate(classes):
-            (folder / split / name).mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                blob = np.exp(-20 * ((x - .2 - .3 * label) ** 2 + (y - random.uniform(.3, .7)) ** 2))
-                pixels = 60 + 120 * blob[..., None] * np.roll([1, .6, .3], label) + random.normal(0, 25, (size, size, 3))
-                picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                (picture.convert("L") if grey else picture).save(folder / split / name / f"{i:02}.png")
-    return folder
+@dataclass
+class Args(common.Args):
+    # images a class
+    ipc: int = 1
+    # expert trajectories
+    experts: int = 1
+    # M: epochs from start to target
+    expert_epochs: int = 1
+    # T+: start epochs are below it
+    max_start: int = 1
+    # learning rate of the images
+    lr: float = 0.1
+    # whether mirror images go in
+    mirrors: bool = True
 
 
-def program(monkeypatch, capfd, module, *args):
-    """Run module.main for a command line, as its __main__ does -> (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
-    capfd.readouterr()
-    status = 0
-    try:
-        common.run(module.main)
-    except SystemExit as end:
-        status = end.code or 0
-    return status, *capfd.readouterr()
+def make_data(folder, per_class=12, name="tiny"):
+    """A Dataset of 3 classes of random pixels, 3x16x16; the classes alternate."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(3).repeat(per_class)
+    pixels = torch.randint(256, (2, len(labels), 3, 16, 16), generator=generator).byte()
+    preprocess = common.Preprocess.fit(name, pixels[0], "standardize", folder)
+    train, test = preprocess(pixels[0]), preprocess(pixels[1])
+    return common.Dataset(name, ["ant", "bee", "cat"], train, labels, test, labels, preprocess)
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
-    return lambda module, *args: program(monkeypatch, capfd, module, *args)
+def data(tmp_path):
+    return make_data(tmp_path)
 
 
 @pytest.fixture
 def exact(monkeypatch):
-    """float32 in place of bfloat16, so that two ways of computing the same can be compared."""
+    """Compute in float32 where a CPU would take bfloat16."""
     monkeypatch.setattr(common, "autocast", lambda device: contextlib.nullcontext())
 
 
 @pytest.fixture
-def small_data():
-    """A common.Dataset of 3 classes of 3x16x16 noise around a mean image of each class."""
-    g = torch.Generator().manual_seed(3)
-    means = torch.randn(3, 3, 16, 16, generator=g)
-    train_labels, test_labels = torch.arange(3).repeat(20), torch.arange(3).repeat(30)
-    train = means[train_labels] + 2 * torch.randn(60, 3, 16, 16, generator=g)
-    test = means[test_labels] + 2 * torch.randn(90, 3, 16, 16, generator=g)
-    return common.Dataset("noise", ["a", "b", "c"], train, train_labels, test, test_labels, None)
+def python(tmp_path):
+    """Run `python *args` in a folder of its own; a script of the repository goes by its name."""
+
+    def call(*args, **env):
+        args = [ROOT / arg if str(arg).endswith(".py") else str(arg) for arg in args]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
+        options = {"capture_output": True, "text": True, "timeout": 240}
+        return subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, **options)
+
+    return call
+
+
+def relative(ours, theirs):
+    """Relative distance of two tensors."""
+    assert ours.shape == theirs.shape and theirs.norm() > 0
+    return ((ours - theirs).norm() / theirs.norm()).item()

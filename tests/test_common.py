@@ -1,0 +1,343 @@
+"""Data, augmentation, network and training of common.py, each against an independent reference."""
+
+import collections
+import dataclasses
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Args, make_data, relative
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import common
+
+
+def correlated_pixels(n, key):
+    random = np.random.default_rng(key)
+    mixed = random.normal(size=(n, 8)) @ np.random.default_rng(1).normal(size=(8, 75)) * 25
+    pixels = mixed + 128 + random.normal(0, 8, (n, 75))
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).view(n, 3, 5, 5)
+
+
+@pytest.mark.parametrize("name", ["tiny", "cifar10"])
+@pytest.mark.parametrize("kind", ["zca", "zca-trace"])
+def test_zca(kind, name, tmp_path):
+    """Whitening by numpy's SVD, of training and other pixels; its inverse; its cache."""
+    pixels, others = correlated_pixels(300, 2), correlated_pixels(10, 3)
+    fitted = common.Preprocess.fit(name, pixels, kind, tmp_path)
+    x, y = pixels.double().numpy() / 255, others.double().numpy() / 255
+    if kind == "zca-trace":
+        std = x.std((0, 2, 3)) if name == "tiny" else np.array([0.2023, 0.1994, 0.2010])
+        x, y = x / std[:, None, None], y / std[:, None, None]
+    covariance = np.cov(x.reshape(300, -1).T)
+    u, s, _ = np.linalg.svd(covariance)
+    ridge = 0.1 if kind == "zca" else 0.1 * np.trace(covariance) / 75
+    assert s.max() > ridge > s.min()  # both ends of the ridge matter
+    for raw, z in ((pixels, x), (others, y)):
+        expected = (z - x.mean(0)).reshape(len(z), -1) @ u / np.sqrt(s + ridge) @ u.T
+        white = fitted(raw)
+        np.testing.assert_allclose(white.flatten(1).numpy(), expected, atol=1e-3)
+        torch.testing.assert_close(fitted.undo(white), raw / 255, rtol=0, atol=1e-4)
+        torch.testing.assert_close(fitted(raw / 255), white)
+    for _ in range(2):
+        again = common.Preprocess.fit(name, pixels, kind, tmp_path)
+        assert torch.equal(again(others), white) and again.fingerprint == fitted.fingerprint
+        for file in tmp_path.rglob("*.pt"):
+            file.write_bytes(b"broken")
+
+
+def test_standardize(tmp_path):
+    """CIFAR-10 has its published statistics, a data set of the user's own mean 0 and std 1."""
+    pixels = correlated_pixels(200, 2)
+    fit = partial(common.Preprocess.fit, kind="standardize", data_dir=tmp_path)
+    red = (pixels[:, 0] / 255 - 0.4914) / 0.2023
+    torch.testing.assert_close(fit("cifar10", pixels)(pixels)[:, 0], red)
+    own = fit("tiny", pixels)
+    std, mean = torch.std_mean(own(pixels), (0, 2, 3))
+    assert mean.abs().max() < 1e-4 and (std - 1).abs().max() < 1e-4
+    torch.testing.assert_close(own.undo(own(pixels)), pixels / 255, rtol=0, atol=1e-5)
+    pixels[17, 1, 2, 3] ^= 1
+    assert fit("tiny", pixels).fingerprint != own.fingerprint
+
+
+def find(images, pool):
+    """Indices of `images` in `pool`; each has to occur."""
+    index = (images[:, None] == pool).flatten(2).all(2).nonzero()
+    assert torch.equal(index[:, 0], torch.arange(len(images)))
+    return index[:, 1]
+
+
+def test_sample(data):
+    """Different images of the right classes, all come up; too many raise."""
+    data = dataclasses.replace(data, train=data.train[4:], train_labels=data.train_labels[4:])
+    seen = set()  # the classes have 10, 11 and 11 images
+    for step in range(40):
+        images, labels = data.sample(10, "key", step)
+        index = find(images, data.train).tolist()
+        assert labels.tolist() == data.train_labels[index].tolist() == sorted([0, 1, 2] * 10)
+        assert len(set(index)) == 30
+        seen |= set(index)
+    assert len(seen) == 32 and torch.equal(data.sample(10, "key", 39)[0], images)
+    with pytest.raises(common.UserError, match="10"):
+        data.sample(11, "key")
+    flips = [dataclasses.replace(data, name=name).flip for name in ("mnist", "svhn", "cifar10")]
+    assert flips == [False, False, True]
+    images, labels = data.batch(200, "key")
+    assert torch.equal(data.train_labels[find(images, data.train)], labels)
+
+
+def test_glyphs(tmp_path):
+    """Deterministic, balanced, no test image like a training image; loads without a download."""
+    (train, labels, *_), (test, test_labels, *_) = map(common.draw_glyphs, (4, 4), (0, 1))
+    assert torch.equal(common.draw_glyphs(4, 0)[0], train)
+    assert set(labels.bincount().tolist()) == set(test_labels.bincount().tolist()) == {4}
+    everything = torch.cat([train, test]).flatten(1).float()
+    assert (torch.cdist(everything, everything).fill_diagonal_(1e9) > 500).all()
+    data = common.load_dataset(Args(data_dir=str(tmp_path), device="cpu"))
+    assert len(data.classes) == labels.max() + 1 == data.test_labels.max() + 1
+
+
+def test_hash_int(python):
+    """The same integer in every process, below 2**63; another one for another key or type."""
+    code = "import common; print(common.hash_int('seed', 1, ('a', 2.5)))"
+    found = python("-c", code, PYTHONHASHSEED="7")
+    assert int(found.stdout) == common.hash_int("seed", 1, ("a", 2.5)), found.stderr
+    values = [common.hash_int(*key) for key in [(1,), ("1",), (1, 1), (11,), ((1,),), ()]]
+    assert len(set(values)) == 6 and all(0 <= value < 2**63 for value in values)
+
+
+EDGE = 15.5
+GRID = torch.stack(torch.meshgrid(*[torch.arange(-EDGE, 16).double()] * 2, indexing="xy"))
+
+
+def coordinates(n):
+    """Images of 32x32, float64, that hold x and y of each pixel, and noise."""
+    noise = torch.randn(n, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    return torch.cat([GRID.expand(n, 2, 32, 32), noise], 1)
+
+
+def describe(images, out):
+    """Recognize the transform of `coordinates` by its result alone -> name, parameters (n, k)."""
+    mirrored = (out == images.flip(3)).flatten(1).all(1)
+    if (mirrored | (out == images).flatten(1).all(1)).all():
+        return "flip", mirrored.float()[:, None]
+    if ((out == images) | (out == 0)).all():
+        gone = (out == 0).all(1)
+        rows, columns = gone.any(2), gone.any(1)
+        square = rows[:, None, :, None] & columns[:, None, None, :]
+        assert torch.equal(out, images * ~square)
+        top, left, height = rows.int().argmax(1), columns.int().argmax(1), rows.sum(1)
+        return "cutout", torch.stack([top, left, height], 1)
+    gray, level = images.mean(1, keepdim=True), images.mean((1, 2, 3), keepdim=True)
+    parts = torch.ones_like(images), (gray - level).expand_as(images), images - gray
+    basis = torch.stack(parts, 1).flatten(2).mT
+    fit = torch.linalg.lstsq(basis, out.flatten(1)[..., None]).solution
+    if torch.allclose(basis @ fit, out.flatten(1)[..., None], atol=1e-3):
+        brightness, contrast, chroma = fit[..., 0].T
+        return "color", torch.stack([brightness - level.flatten(), chroma / contrast, contrast], 1)
+    return describe_warp(out)
+
+
+def describe_warp(out):
+    """Fit source = matrix @ position + shift in the middle, check it everywhere."""
+    right, down = (out[:, :2, 16, 16] - out[:, :2, y, x] for y, x in ((16, 15), (15, 16)))
+    matrix, shift = torch.stack([right, down], 2), out[:, :2, 15:17, 15:17].mean((2, 3))
+    source = torch.einsum("nij,jhw->nihw", matrix, GRID) + shift[..., None, None]
+    inside = (source.abs() < EDGE - 1e-3).all(1, keepdim=True)
+    outside = (source.abs() > EDGE + 1).any(1, keepdim=True)
+    assert torch.allclose(out[:, :2] * inside, source * inside, atol=1e-3) and outside.any()
+    padding = "zeros"
+    if (out * outside != 0).any():
+        assert torch.allclose(out[:, :2], source.clamp(-EDGE, EDGE), atol=1e-3)
+        padding = "edges"
+    scales = matrix.diagonal(dim1=1, dim2=2)
+    if (matrix - torch.eye(2).double()).abs().max() < 1e-4:
+        return f"shift {padding}", shift
+    assert shift.abs().max() < 1e-4
+    if (matrix - torch.diag_embed(scales)).abs().max() > 1e-4:
+        torch.testing.assert_close(matrix @ matrix.mT, torch.eye(2).double().expand_as(matrix))
+        return f"rotate {padding}", torch.rad2deg(torch.atan2(matrix[:, 1, :1], scales[:, :1]))
+    if (scales[:, 0] - scales[:, 1]).abs().max() > 1e-4:
+        return f"scale {padding}", scales
+    return f"zoom {padding}", scales[:, :1]
+
+
+DSA = {
+    "color": [(-0.5, 0.5), (0, 2), (0.5, 1.5)],  # brightness, saturation, contrast
+    "shift zeros": [(-4, 4), (-4, 4)],
+    "cutout": [(0, 24), (0, 24), (8, 16)],  # top, left, height; less at the border
+    "flip": [(0, 1)],
+    "scale zeros": [(1 / 1.2, 1.2), (1 / 1.2, 1.2)],
+    "rotate zeros": [(-15, 15)],
+}
+FREPO = {
+    "color": [(-0.25, 0.25), (0.7788, 1.284), (0.7788, 1.284)],
+    "zoom edges": [(0.8, 1.25)],
+    "shift edges": [(-4, 4), (-4, 4)],
+    "cutout": [(0, 24), (0, 24), (8, 8)],
+    "flip": [(0, 1)],
+    "rotate zeros": [(-15, 15)],
+}
+SCALED = FREPO | {"scale zeros": DSA["scale zeros"]}
+scaled_frepo = partial(common.frepo_augment, scale=True)
+CASES = [(common.dsa, DSA), (common.frepo_augment, FREPO), (scaled_frepo, SCALED)]
+AUGMENTATIONS = pytest.mark.parametrize("augment, ranges", CASES, ids=["dsa", "frepo", "scaled"])
+
+
+@AUGMENTATIONS
+def test_augmentation(augment, ranges):
+    """Which transforms are drawn, each as often; parameters fill their ranges; gradients flow."""
+    found, images = collections.defaultdict(list), coordinates(40).requires_grad_()
+    weight, direction = torch.randn(2, *images.shape, dtype=torch.double)
+    for step in range(120):
+        out = augment(images, True, "key", step)
+        # every transform is affine in the pixels: its derivative is a difference
+        change = augment(images + direction, True, "key", step) - out
+        (grad,) = torch.autograd.grad((weight * out).sum(), images)
+        assert (grad * direction).sum().item() == pytest.approx((weight * change).sum().item())
+        name, parameters = describe(images.detach(), out.detach())
+        found[name].append(parameters.double())
+        name, _ = describe(images[:9].detach(), augment(images[:9], False, "key", step).detach())
+        assert name in ranges.keys() - {"flip"}
+    assert found.keys() == ranges.keys() and min(map(len, found.values())) > 6
+    for name, values in found.items():
+        values = torch.cat(values)
+        for value, (low, high) in zip(values.T, ranges[name], strict=True):
+            near = 0.03 * (high - low) + 1e-3
+            assert low - 1e-3 <= value.min() <= low + near, name
+            assert high - near <= value.max() <= high + 1e-3, name
+            if (augment, name) != (common.dsa, "cutout"):  # there the border cuts
+                assert abs(value.mean() - (low + high) / 2) <= 3 * near, name
+        if len(values.T) > 1 and name != "cutout":  # drawn independently
+            assert abs(np.corrcoef(values[:, 0], values[:, 1])[0, 1]) < 0.2
+
+
+def test_siamese():
+    """shared=True: all images of two batches with one key get the same transform."""
+    images = coordinates(3)
+    for step in range(20):
+        alone = common.dsa(images[:1], True, "key", step, shared=True)
+        out = common.dsa(images[[0, 2, 0]], True, "key", step, shared=True)
+        torch.testing.assert_close(out[[0, 2]], alone.expand(2, -1, -1, -1), rtol=0, atol=1e-4)
+
+
+def test_convnet():
+    """The ConvNet against torch's own layers: more images than a chunk, norms off the identity."""
+    net, layers = common.ConvNet((3, 32, 32), 5, width=8), []
+    for channels in (3, 8, 8):
+        layers += [nn.Conv2d(channels, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True)]
+        layers += [nn.ReLU(), nn.AvgPool2d(2)]
+    plain = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 5)).double()
+    for ours, theirs in zip(net.double().parameters(), plain.parameters(), strict=True):
+        theirs.data.copy_(ours.data.normal_(0, 0.5))
+    images = torch.randn(70, 3, 32, 32, dtype=torch.double, requires_grad=True)
+    for mode in (True, False):
+        out = net.train(mode)(images), plain.train(mode)(images)
+        torch.testing.assert_close(*out)
+        torch.testing.assert_close(*(torch.autograd.grad(y.exp().sum(), images)[0] for y in out))
+    torch.testing.assert_close(net.features(images), plain[:-1](images))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 9), (6, 7)])
+def test_average_pool(size):
+    """AvgPool and its gradient; an odd side loses its last row or column."""
+    x = torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True)
+    pooled = common.AvgPool()(x), nn.AvgPool2d(2)(x)
+    torch.testing.assert_close(*pooled)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in pooled))
+
+
+@pytest.mark.parametrize("side, channels, depth", [(28, 1, 3), (32, 3, 3), (64, 3, 4), (128, 3, 5)])
+def test_sizes(side, channels, depth):
+    """Depth by size, 4x4 maps at the end; 320,010 parameters; FRePo's widths, without a norm."""
+    net = common.ConvNet((channels, side, side), 7, width=4)
+    assert sum(isinstance(layer, nn.Conv2d) for layer in net.modules()) == depth
+    assert net.features(torch.randn(2, channels, side, side)).shape == (2, 4 * 4 * 4)
+    frepo = sum(9 * i * o + o for i, o in ((3, 128), (128, 256), (256, 512))) + 8192 * 10 + 10
+    for settings, count in (({}, 320010), ({"norm": False, "double": True}, frepo)):
+        parameters = common.ConvNet((3, 32, 32), 10, **settings).parameters()
+        assert sum(p.numel() for p in parameters) == count
+
+
+def test_flatten():
+    """flatten and unflatten are inverses; the gradient flows to the vector; reset is by key."""
+    net, other = (common.ConvNet((3, 16, 16), 3, width=4).reset(key) for key in ("a", "b"))
+    flat = common.flatten(net).requires_grad_()
+    named = common.unflatten(other, flat)
+    assert all(torch.equal(named[name], p) for name, p in net.named_parameters())
+    assert torch.autograd.grad(named["classifier.bias"].sum(), flat)[0].sum() == 3
+    assert not torch.equal(common.flatten(other), flat)
+    assert torch.equal(common.flatten(other.reset("a")), flat)
+
+
+def rates(data, **settings):
+    """The learning rate of each step of a training of a linear network."""
+    found = []
+    hook = register_optimizer_step_pre_hook(lambda opt, *_: found.append(opt.param_groups[0]["lr"]))
+    settings["network"] = lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
+    protocol = common.Protocol(augment=lambda images, *_, **__: images, **settings)
+    common.train(data, data.train[None], data.train_labels, protocol)
+    hook.remove()
+    return found
+
+
+def test_learning_rate(tmp_path):
+    """Drops at shares of the epochs; FRePo: 500 steps of warm-up, then a cosine to 1 %."""
+    data = make_data(tmp_path, 1)
+    assert rates(data, epochs=6) == pytest.approx([0.01] * 3 + [0.001] * 3)
+    found = rates(data, epochs=6, lr=1, drops=(2 / 3, 5 / 6), decay=0.2)
+    assert found == pytest.approx([1, 1, 1, 1, 0.2, 0.04])
+    found = rates(data, epochs=1100, lr=1, regression=True)
+    assert found[:500] == pytest.approx([(i + 1) / 500 for i in range(500)])
+    assert (found[800], found[-1]) == pytest.approx((0.505, 0.01), abs=1e-4)
+    found = rates(data, epochs=4, batch=1, lr=1, regression=True)  # at most half is warm-up
+    assert found[::3] == pytest.approx([0.5, 1, 1, 0.505])
+    steps = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 10000, 2000: 40000}
+    for count, expected in steps.items():
+        p = common.frepo_protocol(count)
+        assert p.epochs * math.ceil(count / p.batch) == expected and p.regression and p.lr == 3e-4
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_train(regression, data):
+    """Training against a plain loop: the optimizer's numbers, the schedule, the batches."""
+    data = dataclasses.replace(data, name="mnist")
+    variants, labels = torch.stack([data.train, -data.train]).double(), data.train_labels
+    pool, batches = variants.flatten(0, 1), []
+
+    def augment(images, flip, *key):
+        assert not flip
+        batches.append(find(images, pool))
+        return images
+
+    settings = {"batch": 15, "epochs": 3, "weight_decay": 0.05, "regression": regression}
+    settings["network"] = lambda *shape: common.ConvNet(*shape, width=8).double()
+    protocol = common.Protocol(augment=augment, **settings)
+    trained = common.train(data, variants, labels, protocol, "key")
+    orders = torch.cat(batches).view(3, 36)
+    assert [len(index) for index in batches] == [15, 15, 6] * 3 and len(orders.unique(dim=0)) == 3
+    assert ((orders % 36).sort(1).values == torch.arange(36)).all() and (orders >= 36).any()
+    protocol = dataclasses.replace(protocol, epochs=0)
+    net = common.train(data, variants, labels, protocol, "key").train()
+    start = common.flatten(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0, momentum=0.9, weight_decay=0.05)
+    if regression:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0, weight_decay=0.05)
+    rates = [0.01 / 1.5, 0.01, 0.01 * 0.7525] if regression else [0.01, 0.01, 0.001]
+    for step, index in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = rates[step // 3]
+        logits, wanted = net(pool[index]), labels[index % 36]
+        loss = F.cross_entropy(logits, wanted)
+        if regression:
+            loss = (logits - F.one_hot(wanted, 3) + 1 / 3).square().sum() / 2 / len(wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert relative(common.flatten(trained) - start, common.flatten(net) - start) < 1e-4
+    right = (net(pool).argmax(1) == labels.repeat(2)).double().mean().item()
+    images, labels = pool.repeat(9, 1, 1, 1), labels.repeat(18)
+    assert common.accuracy(trained, images, labels) == pytest.approx(100 * right)

@@ -1,0 +1,293 @@
+"""HaBa and the translator: losses, gradients and updates against plain references in float64."""
+
+from functools import partial
+
+import pytest
+import test_matching as plain
+import torch
+import torch.nn.functional as F
+from conftest import relative
+from test_matching import find, joined, small_data  # noqa: F401, the fixture `data`
+from test_trajectory import naive_match
+
+import common
+import haba
+import translator_fewshot as tf
+
+IMAGE, CONV, MAPS = 768, 2 * 84, 2 * 768  # numbers in a basis, and in a hallucinator's parts
+
+
+def settings(data_dir, **more):
+    small = dict(bpc=2, hallucinators=3, iterations=1, batch_real=5, student_steps=2, matches=1)
+    small |= dict(data_dir=str(data_dir), experts=1, max_start=1, expert_epochs=1)
+    return haba.Args(**small | more)
+
+
+@pytest.mark.parametrize(
+    "depth, channels, parameters",
+    [(0, 3, 6144), (1, 3, 6312), (2, 8, 10963), (3, 8, 16131), (1, 8, 16827), (1, 16, 33651)],
+)
+def test_hallucinator(depth, channels, parameters):
+    """Eq. 2 by hand, for smaller bases; parameters as in the supplement's Tables 3 and 4."""
+    module = haba.Hallucinator((3, 32, 32), 3, channels, depth)
+    assert sum(p.numel() for p in module.parameters()) == parameters
+    torch.nn.init.normal_(module.scale)
+    torch.nn.init.normal_(module.shift)
+    bases = torch.randn(5, 3, 16, 16)
+    x = F.interpolate(bases, (32, 32), mode="bilinear")
+    for i, conv in enumerate(module.encoder):
+        if i:  # means of 2x2 pixels
+            x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
+        x = F.conv2d(x, conv.weight, conv.bias, padding=1).clamp_min(0)
+    x = module.scale * x + module.shift
+    for i, conv in enumerate(module.decoder):
+        x = x.clamp_min(0).repeat_interleave(2, 2).repeat_interleave(2, 3) if i else x
+        x = F.conv2d(x, conv.weight, conv.bias, padding=1)
+    assert len(module.encoder) == len(module.decoder) == depth and relative(module(bases), x) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind, stored",
+    [
+        ({}, 6 * IMAGE + 3 * (CONV + MAPS)),
+        ({"share_conv": True, "class_hallucinators": True}, 6 * IMAGE + CONV + 9 * MAPS),
+        ({"basis_channels": 1, "basis_size": 8}, 6 * 64 + 3 * (30 + 84 + MAPS)),
+        ({"hallucinators": 0, "basis_channels": 1, "basis_size": 8}, 6 * 64),
+    ],
+    ids=str,
+)
+def test_file(kind, stored, data, tmp_path, monkeypatch):
+    """Where bases start, what is stored, whose hallucinators are used; decoding; no DSA."""
+    calls = plain.record_transforms(monkeypatch)
+    args = settings(tmp_path, objective="dm", dsa=False, lr_hallucinators=0.1, **kind)
+    found = haba.distill(data, args, tmp_path / "haba.pt")
+    factors = haba.start_factors(data, args)
+    start = data.sample(2, 0, "start")[0]
+    if "basis_size" in kind:  # averaged over channels and about 2x2 pixels
+        start = F.avg_pool2d(start, 2).mean(1, keepdim=True)
+    assert factors.bases.shape == start.shape
+    assert F.cosine_similarity(factors.bases, start, 0).mean() > 0.6
+    factors.load_state_dict(common.load(tmp_path / "haba.ckpt", "")["state"]["factors"])
+    assert sum(p.numel() for p in factors.parameters()) == stored
+    assert found["stored_per_class"] == pytest.approx(stored / 3) and not calls
+    images, labels = haba.decode(common.load(tmp_path / "haba.pt", ""))
+    assert images.shape[1:] == (6, 3, 16, 16) and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for j, decoded in zip(range(args.hallucinators or 1), images, strict=True):
+        x = F.interpolate(factors.bases, (16, 16), mode="bilinear")
+        modules = factors.hallucinators[j] if factors.hallucinators else [torch.nn.Identity()]
+        modules = list(modules) * (3 // len(modules))
+        expected = [module(x[2 * c :][:2]).expand(2, 3, 16, 16) for c, module in enumerate(modules)]
+        assert relative(decoded, torch.cat(expected).detach()) < 1e-10
+
+
+def contrast(features, labels):
+    """Eq. 3, supervised, by loops over anchors and positives: features (n, d), labels (n,)."""
+    total = 0
+    for a, label in enumerate(labels):
+        shares = (F.cosine_similarity(features[a : a + 1], features) / 0.07).exp()
+        others = torch.arange(len(labels)) != a
+        positive = shares[others & (labels == label)]
+        total = total - sum((p / shares[others].sum()).log() for p in positive) / len(positive)
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("kind", [{}, {"class_hallucinators": True}, {"batch": 4}], ids=str)
+@pytest.mark.parametrize("objective, alpha", [("mtt", 0.01), ("mtt", 2e-4), ("dm", 0), ("dc", 0)])
+def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
+    """Eq. 6 in one graph; then the step of the adversary with the new factors (Eq. 4)."""
+    history = plain.record_steps(monkeypatch)
+    args = settings(tmp_path, objective=objective, step_size=alpha, lr_bases=2.0, **kind)
+    args.weight_cos, args.weight_con, args.weight_task, args.lr_hallucinators = 0.3, 0.2, 0.7, 0.5
+    factors, net = haba.start_factors(data, args), common.ConvNet(data.shape, 3).reset(0, 0)
+    adversary, b = common.ConvNet(data.shape, 3).reset(0, "F"), args.batch or 6
+    segment = common.sample_segment(common.load_experts(data, args), args, 0, 0)
+    calls = plain.record_transforms(monkeypatch)
+    found = haba.distill(data, args, tmp_path / "haba.pt")
+
+    def images_of(before, name, u):
+        """Augmented images, with a graph, labels, hallucinators of a recorded transform."""
+        index = find(before, factors.everything()[0].flatten(0, 1))
+        assert len(u.unique(dim=0)) == len(index.unique()) == len(index)
+        images = torch.cat([factors(i % 6, i // 6)[0] for i in index.split(1)])
+        return plain.transform(images, name, u), factors.labels[index % 6], index // 6
+
+    def batch(n):
+        images, labels, which = images_of(*calls[n - 4])
+        assert len(images) == b and len(which.unique()) == 1
+        return images, labels
+
+    weight, step_size = 0.3, torch.tensor(float(alpha), requires_grad=True)
+    for p in factors.parameters():
+        p.grad = torch.zeros_like(p)
+    if objective == "mtt":
+        loss = naive_match(net, *segment, step_size, batch, 2)
+        alpha = max(alpha - 1e-5 * step_size.grad.item(), 0.001)
+        assert found["step_size"] == pytest.approx(alpha, rel=1e-8)
+    else:
+        images = factors.everything()[0].unflatten(1, (3, 2)).transpose(0, 1).flatten(1, 2)
+        loss = plain.matching_loss(objective, net, images, calls[0:6:2], calls[1:6:2])
+        loss.backward()
+    assert history[0][0] == pytest.approx(loss.item(), rel=1e-8)
+    images, labels, which = images_of(*calls[-2])
+    assert len(images) == 2 * b and which.tolist() == [which[0]] * b + [which[b]] * b
+    cosine = 0  # Eq. 5: j != k twice, over |H|^2 = 4
+    for u, v in zip(*adversary.features(images).split(b), strict=True):
+        cosine = cosine + 2 * (u @ v) / (u.norm() * v.norm()) / 4 / b
+    if objective != "mtt":
+        (slope,) = torch.autograd.grad(cosine, factors.bases, retain_graph=True)
+        weight = weight * factors.bases.grad.norm() / slope.norm()
+    (weight * cosine).backward(inputs=list(factors.parameters()))
+    for name, p in factors.named_parameters():
+        step = (-2.0 if name == "bases" else -0.5) * p.grad
+        assert (found[name] - p - step).norm() <= 1e-6 * step.norm() + 1e-9
+        p.data = found[name]
+    images, labels, again = images_of(*calls[-1])
+    assert torch.equal(which, again)
+    features = adversary.features(images.detach())
+    task = F.cross_entropy(adversary.classifier(features), labels)
+    adversary.zero_grad()
+    (0.7 * task + 0.2 * contrast(features, labels)).backward()
+    torch.optim.SGD(adversary.parameters(), lr=0.001).step()
+    assert relative(joined(history[0][1]["adversary"]), joined(adversary.state_dict())) < 1e-9
+    for it in range(9):
+        haba.hallucinate_pair(factors, data, args, it)
+        which = images_of(*calls[-1])[2]
+        assert which[0] != which[b]
+
+
+def test_momentum_alone(data, tmp_path, monkeypatch):
+    """A hallucinator that is not drawn goes on with 0.95 of its last move."""
+    history = plain.record_steps(monkeypatch)
+    args = settings(tmp_path, iterations=12, student_steps=1, weight_cos=0, lr_hallucinators=1.0)
+    haba.distill(data, args, tmp_path / "haba.pt")
+    before, last, coasting, drawn = haba.start_factors(data, args).state_dict(), [0] * 3, 0, []
+    for _, state in history:
+        for j in range(3):
+            name = f"hallucinators.{j}.0.shift"
+            move = state["factors"][name] - before[name]
+            alone = (move - 0.95 * last[j]).norm() < 1e-10
+            drawn += [] if alone else [j]
+            coasting += bool(alone and move.norm() > 1e-8)
+            last[j] = move
+        before = state["factors"]
+    assert len(drawn) == 12 and set(drawn) == {0, 1, 2} and coasting > 5
+
+
+def test_proposition_1(data):
+    """Linear spaces: the solution in one from that in the other, without the target set (Eq. 8)."""
+    theta, theta_star, real = torch.randn(5, 6), torch.randn(5, 7), torch.randn(30, 5)
+    relation, solutions = torch.randn(5, 3), []  # labels are linear, so that the error can be 0
+    for space in (theta, theta_star):
+        images = torch.randn(5, 5)
+        w = common.krr(images @ space, images @ relation, torch.eye(space.shape[1]), 1e-13)
+        assert relative(real @ space @ w, real @ relation) < 1e-6  # fits without error
+        solutions.append(w)
+    expected = torch.linalg.pinv(theta_star) @ theta @ solutions[0]
+    assert relative(solutions[1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("mirror, flip", [(True, True), (False, True), (True, False)])
+def test_bilevel_gradient(mirror, flip, data):
+    """Alg. 1 against one graph through all inner steps; the gradients are added."""
+    net, outer = tf.build_network(data), tf.build_network(data).reset("outer")
+    data.flip, args = flip, tf.Args(inner_steps=3, ridge=1e-3, mirror=mirror)
+    start, (real, numbers) = tf.start_synthetic(data, 1, args, "start"), data.batch(10, "real")
+    rest = real, common.center_labels(numbers, 3), 1e-3, mirror and flip
+    params = list(net.blocks.requires_grad_(True).parameters())
+    x, y = (tensor.clone().requires_grad_() for tensor in start)
+    for _ in range(3):
+        loss = plain.nfr_by_hand(net, x, y, *rest)
+        slopes = torch.autograd.grad(loss, (x, y), create_graph=True)
+        x, y = x - 0.5 * slopes[0], y - 0.5 * slopes[1]
+    loss = plain.nfr_by_hand(outer, x, y, *rest)
+    expected = torch.autograd.grad(loss, params)
+    for times in (1, 2):
+        ours = tf.bilevel_gradient(net, outer, *start, real, numbers, data, args, 0.5)
+        assert ours.item() == pytest.approx(loss.item())
+        for p, gradient in zip(params, expected, strict=True):
+            assert relative(p.grad, times * gradient) < 1e-7
+
+
+def test_translator(data):
+    """One set of weights for all sizes; batch norm by the set at hand; gray as three channels."""
+    translator = tf.Translator().eval()
+    for images in (torch.randn(4, *shape) for shape in ((3, 16, 16), (3, 32, 32), (1, 28, 28))):
+        x = images.expand(-1, 3, -1, -1)
+        for layer in translator.layers[0:9:3]:
+            x = F.batch_norm(layer(x), None, None, training=True).clamp_min(0)
+        x = translator.layers[9](x)
+        x = x if images.shape[1] == 3 else x.mean(1, keepdim=True)
+        assert relative(translator(images), x) < 1e-10
+
+
+def test_losses_of_the_translator(data, tmp_path, monkeypatch):
+    """Adaptation, pre-training on cached subsets, auto-encoder; new networks each time."""
+    history, networks = plain.record_steps(monkeypatch), set()
+    seen, loss_of = [], tf.translation_loss
+
+    def spy(translator, net, images, labels, real, numbers, *rest):
+        loss = loss_of(translator, net, images, labels, real, numbers, *rest)
+        rest = labels, real, common.center_labels(numbers, labels.shape[1]), 1e-3, True
+        expected = plain.nfr_by_hand(net, translator(images), *rest).item()
+        seen.append((images, find(real, data.train), numbers, expected))
+        networks.add(common.flatten(net)[0].item())
+        return loss
+
+    monkeypatch.setattr(tf, "translation_loss", spy)
+    args = tf.Args(ridge=1e-3, batch_real=12, subsets=9, max_images=12, max_synthetic=7)
+    args.min_classes, args.iterations, args.data_dir = 2, 1, str(tmp_path)
+    parts, sizes = (tf.Translator(), tf.build_network(data)), set()
+    subsets = [tf.cached_subset(data, tf.build_network(data), n, args) for n in range(9)]
+    for subset in subsets:
+        index, numbers = subset["real"], subset["labels"].argmax(1)
+        classes, ipc = len(index), len(numbers) // len(index)
+        kinds = data.train_labels[index].unique(dim=1)
+        assert kinds.shape == (classes, 1) and len(kinds.unique()) == classes
+        assert len(index.unique()) == index.numel() <= 12 and len(numbers) <= 7
+        assert torch.equal(numbers, torch.arange(classes).repeat_interleave(ipc))
+        assert (subset["images"] - data.train[index[:, :ipc].flatten()]).abs().max() < 2e-3
+        sizes.add((classes, ipc))
+    assert {classes for classes, _ in sizes} == {2, 3} and len({ipc for _, ipc in sizes}) > 1
+    images, labels = tf.start_synthetic(data, 1, args, "start")
+    for step in range(5):
+        loss = tf.adaptation_loss(*parts, images, labels, data, args, step).item()
+        used, index, numbers, expected = seen.pop()
+        assert used is images and loss == pytest.approx(expected, rel=1e-8)
+        assert torch.equal(numbers, data.train_labels[index])
+    from_cache = partial(tf.pretraining_loss, *parts, None, data, args)
+    tf.train_translator(parts[0], data, args, tmp_path / "t.pt", 5, 1e-3, from_cache, 2)
+    for (loss, _), *pair in zip(history, seen[::2], seen[1::2], strict=True):
+        assert loss == pytest.approx((pair[0][3] + pair[1][3]) / 2, rel=1e-8)
+        for images, index, numbers, _ in pair:
+            (real,) = [s["real"] for s in subsets if torch.equal(s["images"], images)]
+            assert (real[numbers] == index[:, None]).any(1).all()
+    assert len(networks) == 15
+    images = data.batch(128, 0, "auto-encoder", 0)[0]
+    error = (parts[0](images) - images).square().mean().item()
+    assert tf.reconstruction_loss(parts[0], data, args, 0).item() == pytest.approx(error)
+
+
+def test_down_sample(data):
+    """Four times as many images, means of 2x2 pixels, enlarged when used."""
+    args = tf.Args(down_sample=True)
+    images, labels = tf.start_synthetic(data, 1, args, "start")
+    real, numbers = data.sample(4, "start")
+    assert torch.equal(images, F.avg_pool2d(real, 2)) and torch.equal(labels.argmax(1), numbers)
+    decoded, soft = tf.decode({"images": images, "labels": labels, "shape": [3, 16, 16]})
+    assert decoded.shape == (1, 12, 3, 16, 16) and torch.equal(soft, labels)
+    assert relative(F.avg_pool2d(decoded[0], 2), images) < 0.5
+
+
+def test_adapted_translator(data, tmp_path):
+    """What is stored is the translated set; an adapted translator serves another budget."""
+    args = tf.Args(mode="scratch", iterations=2, adapt_steps=2, batch_real=12, lr_adapt=0.01)
+    tf.distill(data, args, tmp_path / "a.pt")
+    args.mode, args.ipc, args.translator = "no-adaptation", 2, str(tmp_path / "a_adapted.pt")
+    tf.distill(data, args, tmp_path / "b.pt")
+    translator, _ = tf.start_translator(data, args, tmp_path / "b.pt")
+    for name in "ab":
+        images = common.load(tmp_path / f"{name}.ckpt", "")["state"]["images"]
+        stored = common.load(tmp_path / f"{name}.pt", "")["images"]
+        assert relative(stored, translator(images).detach()) < 1e-10
+    scratch, _ = tf.start_translator(data, tf.Args(mode="scratch"), tmp_path / "a.pt")
+    assert (common.flatten(translator) - common.flatten(scratch)).abs().max() > 0.01

@@ -1,0 +1,327 @@
+"""DM, MTT, KFS and FRePo: losses, gradients and updates against plain references in float64."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_data, relative
+from test_trajectory import naive_match
+
+import common
+import dm
+import frepo
+import kfs
+import mtt
+from common import transform
+
+
+@pytest.fixture(name="data")
+def small_data(tmp_path, monkeypatch, exact):
+    """The tiny data set; all in float64, with networks of width 8."""
+    monkeypatch.setattr(common, "ConvNet", partial(common.ConvNet, width=8))
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield make_data(tmp_path)
+    torch.set_default_dtype(torch.float32)
+
+
+def record_transforms(monkeypatch):
+    """The list of all calls of common.transform: images, name, parameters."""
+    calls = []
+
+    def record(images, name, u):
+        calls.append((images.detach().clone(), name, u))
+        return transform(images, name, u)
+
+    monkeypatch.setattr(common, "transform", record)
+    return calls
+
+
+def record_steps(monkeypatch):
+    """The list of losses and states after each iteration of a common.Run."""
+    kept, step = [], common.Run.step
+
+    def record(run, it, loss):
+        state = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in run.state.items()}
+        kept.append(copy.deepcopy((loss.item(), state)))
+        step(run, it, loss)
+
+    monkeypatch.setattr(common.Run, "step", record)
+    return kept
+
+
+def find(images, pool):
+    """Index in `pool` of each image."""
+    found = (images[:, None] == pool).flatten(2).all(2).nonzero()
+    assert found[:, 0].tolist() == list(range(len(images)))
+    return found[:, 1]
+
+
+def joined(state, prefix=""):
+    """The tensors of a state dict, or of a part of it, as a vector."""
+    return torch.cat([p.detach().flatten() for k, p in state.items() if k.startswith(prefix)])
+
+
+def matching_loss(objective, net, images, theirs, ours):
+    """DM (survey Eq. 31) or DC (Eq. 22 to 24) by loops; theirs, ours: recorded transforms."""
+    total = 0
+    for c, ((real, name, u), (_, our_name, our_u)) in enumerate(zip(theirs, ours, strict=True)):
+        assert name == our_name and torch.equal(u, our_u) and len(u) == 1  # Siamese
+        pair = transform(real, name, u), transform(images[c], name, u)
+        if objective == "dm":
+            means = [net.features(x).mean(0) for x in pair]
+            total = total + (means[0] - means[1]).square().sum()
+            continue
+        losses = [F.cross_entropy(net(x), torch.full((len(x),), c)) for x in pair]
+        options = {"inputs": list(net.parameters()), "create_graph": True}
+        gradients = [torch.autograd.grad(loss, **options) for loss in losses]
+        for a, b in zip(*gradients, strict=True):
+            for v, w in zip(a, b, strict=True) if a.ndim > 1 else ():  # biases do not count
+                total = total + 1 - (v * w).sum() / (v.norm() * w.norm() + 1e-6)
+    assert len({u[0, 0].item() for _, _, u in theirs}) == 3  # one draw a class
+    return total
+
+
+def test_dm(data, tmp_path, monkeypatch):
+    """Two iterations: the loss, the network of each, SGD with momentum."""
+    calls, history = record_transforms(monkeypatch), record_steps(monkeypatch)
+    args = dm.Args(ipc=2, iterations=2, batch_real=5, lr=0.5)
+    dm.distill(data, args, tmp_path / "dm.pt")
+    images, velocity = data.sample(2, 0, "start")[0], 0
+    for it, (loss, state) in enumerate(history):
+        theirs, ours = calls[6 * it :][:3], calls[6 * it + 3 :][:3]
+        for c, (real, *_) in enumerate(theirs):
+            assert data.train_labels[find(real, data.train).unique()].tolist() == [c] * 5
+        leaf = images.clone().requires_grad_()
+        net = common.ConvNet(data.shape, 3).reset(0, it)
+        expected = matching_loss("dm", net, leaf.chunk(3), theirs, ours)
+        assert loss == pytest.approx(expected.item(), rel=1e-10)
+        velocity = 0.5 * velocity + torch.autograd.grad(expected, leaf)[0]
+        images = images - 0.5 * velocity
+        assert relative(state["images"], images) < 1e-10
+
+
+def test_mtt(data, tmp_path, monkeypatch):
+    """An iteration by one graph of all steps; each image has a DSA draw; alpha is not clamped."""
+    history = record_steps(monkeypatch)
+    args = mtt.Args(ipc=2, iterations=1, experts=2, student_steps=3, expert_epochs=1, max_start=2)
+    args.step_size, args.lr_step, args.lr_images, args.batch = 2e-4, 1e-7, 1e4, 4
+    args.data_dir = str(tmp_path)
+    segment = common.sample_segment(common.load_experts(data, args), args, 0, 0)
+    calls = record_transforms(monkeypatch)
+    found = mtt.distill(data, args, tmp_path / "mtt.pt")
+    images, labels = data.sample(2, 0, "start")
+    step_size, draws = torch.tensor(2e-4, requires_grad=True), calls[-3:]
+
+    def batch(n):
+        plain, name, u = draws[n]
+        index = find(plain, images)
+        assert len(index.unique()) == len(u.unique(dim=0)) == 4
+        return transform(images[index], name, u), labels[index]
+
+    images.requires_grad_()
+    loss = naive_match(common.ConvNet(data.shape, 3), *segment, step_size, batch, 3)
+    assert history[0][0] == pytest.approx(loss.item(), rel=1e-9)
+    assert relative(found["images"] - images.detach(), -1e4 * images.grad) < 1e-7
+    alpha = 2e-4 - 1e-7 * step_size.grad.item()
+    assert found["step_size"] == pytest.approx(alpha, rel=1e-9)
+    assert abs(alpha - 2e-4) > 1e-6 and 0 < alpha < 0.001
+
+
+def decode_alone(decoders, codes, d):
+    """Decoder d as separate modules: codes (n, c', h', w') -> (n, c, h, w)."""
+    for layer in decoders.layers:
+        weight, bias = (p.chunk(decoders.count)[d] for p in (layer.weight, layer.bias))
+        module = torch.nn.ConvTranspose2d(*weight.shape[:2], layer.kernel_size, 2, layer.padding)
+        codes = torch.func.functional_call(module, {"weight": weight, "bias": bias}, (codes,))
+    codes = F.pad(codes, ((decoders.shape[-1] - codes.shape[-1]) // 2,) * 4)
+    return (1 / (1 + (-codes).exp()) - decoders.mean) / decoders.std
+
+
+@pytest.mark.parametrize(
+    "shape, ipc, high_res, code, codes, parameters",
+    [
+        ((3, 32, 32), 1, False, (12, 4, 4), 16, 738),  # the numbers in the paper's text
+        ((3, 32, 32), 10, False, (12, 4, 4), 160, 738),
+        ((3, 32, 32), 10, True, (12, 8, 8), 40, (12 * 6 + 6 * 3) * 4 + 9),
+        ((3, 96, 96), 1, False, (12, 12, 12), 16, (12 * 9 + 9 * 6 + 6 * 3) * 16 + 18),
+        ((1, 28, 28), 1, False, (4, 4, 4), 12, (4 * 3 + 3 * 2 + 2) * 4 + 6),
+    ],
+)
+def test_layout(shape, ipc, high_res, code, codes, parameters, data):
+    """Both readings of the storage; grouped layers equal separate modules."""
+    args = kfs.Args(ipc=ipc, high_res=high_res)
+    *found, widths, kernel = kfs.layout(args, shape)
+    assert found == [code, codes]
+    assert 0 <= ipc * math.prod(shape) - codes * math.prod(code) < math.prod(code)
+    statistics = common.Preprocess("", "", torch.rand(shape[0], 1, 1), torch.rand(shape[0], 1, 1))
+    decoders = kfs.Decoders(2, widths, kernel, shape, statistics)
+    assert sum(p.numel() for p in decoders.parameters()) == 2 * parameters
+    codes = torch.randn(2, *code)
+    expected = torch.stack([decode_alone(decoders, codes, d) for d in range(2)], 1)
+    assert expected.shape == (2, 2, *shape) and relative(decoders(codes), expected) < 1e-12
+
+
+@pytest.mark.parametrize("setting", ["backprop", "sample_decoders"])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_eq_1_and_2(setting, count, data):
+    """Loss and gradient, averaged over all subsets: Eq. 1; for sampled decoders more by Eq. 2."""
+    m, d, subsets = (3, 3, 3) if count else (16, 12, 1)  # 3 x 16 x 12 images pass one chunk
+    args = kfs.Args(codes=m, decoders=d, pretrain=3, **{setting: count})
+    net = common.ConvNet(data.shape, 3).requires_grad_(False)
+    codes, decoders = kfs.start_factors(data, args)
+    leaves = [codes.requires_grad_(), *decoders.parameters()]
+    target, eq_1, eq_2 = kfs.class_means(net, data, data.train, data.train_labels), 0, 0
+    for c in range(3):
+        images = [decode_alone(decoders, codes[c], i) for i in range(d)]
+        means = torch.stack([net.features(x).mean(0) for x in images])
+        eq_1 = eq_1 + (target[c] - means.mean(0)).square().sum() / 2 / 3
+        for i in range(d):  # for one decoder at a time
+            eq_2 = eq_2 + (means[i] - means.mean(0)).square().sum() / d / 2 / 3
+    assert eq_2 > 1e-3 * eq_1
+    biased = setting == "sample_decoders" and count
+    expected = eq_1 + eq_2 * (d - count) / (d - 1) / count if biased else eq_1
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, leaves)])
+    found = {}
+    for key in range(20 * subsets):
+        for leaf in leaves:
+            leaf.grad = None
+        loss = kfs.match_distribution(net, target, codes, decoders, args, key).item()
+        ours = torch.cat([leaf.grad.flatten() for leaf in leaves])
+        found.setdefault(round(ours.norm().item(), 9), []).append((loss, ours))
+    assert len(found) == subsets and min(map(len, found.values())) > 9  # equally likely
+    losses, gradients = zip(*[same[0] for same in found.values()], strict=True)
+    assert sum(losses) / subsets == pytest.approx(expected.item(), rel=1e-10)
+    assert relative(sum(gradients) / subsets, gradient) < 1e-9
+
+
+@pytest.mark.parametrize("settings, networks", [({}, 3), ({"real_means": 2}, 2)])
+def test_kfs(settings, networks, data, tmp_path, monkeypatch):
+    """The networks and real means of each iteration, different decoders, the file."""
+    data.train, data.train_labels = data.train.repeat(15, 1, 1, 1), data.train_labels.repeat(15)
+    seen, match = set(), kfs.match_distribution
+
+    def spy(net, target, *rest):
+        means = [net.features(data.train[data.train_labels == c]).mean(0) for c in range(3)]
+        assert relative(target, torch.stack(means).detach()) < 1e-10
+        seen.add(common.flatten(net)[0].item())
+        return match(net, target, *rest)
+
+    monkeypatch.setattr(kfs, "match_distribution", spy)
+    args = kfs.Args(iterations=3, codes=2, decoders=4, pretrain=40, **settings)
+    args.data_dir = str(tmp_path)
+    found = kfs.distill(data, args, tmp_path / "kfs.pt")
+    assert len(seen) == networks
+    _, decoders = kfs.start_factors(data, args)
+    copies = torch.cat([p.detach().view(4, -1) for p in decoders.parameters()], 1)
+    for d in range(3):  # noise of a tenth in each of two copies
+        assert 0.05 < relative(copies[d], copies[d + 1]) < 0.35
+    assert found["stored_per_class"] == pytest.approx(2 * 12 * 2 * 2 + 4 * 738 / 3)
+    alone = decode_alone(kfs.open_factors(found)[1], found["codes"][1], 1)
+    images, labels = kfs.decode(found)
+    assert relative(images[0, [9, 13]], alone) < 1e-10 and labels[[9, 13]].tolist() == [1, 1]
+    if settings:  # the stored means serve the next run
+        monkeypatch.setattr(kfs, "class_means", None)
+        assert len(kfs.load_real_means(data, args)[1]) == 2
+
+
+def test_idc_augmentation(data, monkeypatch):
+    """Color, flip, and one of crop, scale and rotate, each image by its own draw."""
+    calls, last = record_transforms(monkeypatch), []
+    for key in range(40):
+        calls.clear()
+        flip, expected = key % 4 > 0, data.train
+        images = kfs.protocol().augment(data.train, flip, "idc", key)
+        *first, third = [name for _, name, _ in calls]
+        assert first == ["color", "flip"][: 1 + flip]
+        last.append(third)
+        for before, name, u in calls:
+            assert torch.equal(before, expected) and len(u.unique(dim=0)) == len(images)
+            expected = transform(expected, name, u)
+        assert torch.equal(images, expected)
+    assert all(last.count(name) > 6 for name in ("crop", "scale", "rotate"))
+
+
+def test_lamb(data):
+    p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    lamb, value, mean, square = frepo.Lamb([p], lr=0.1), p.detach().clone(), 0, 0
+    for step, gradient in enumerate([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.0]], 1):
+        p.grad = torch.tensor(gradient)
+        lamb.step()
+        mean = 0.9 * mean + 0.1 * p.grad
+        square = 0.999 * square + 0.001 * p.grad**2
+        update = mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)) ** 0.5 + 1e-6)
+        value = value - 0.1 * value.norm() / update.norm() * update
+        assert relative(p.detach(), value) < 1e-12
+
+
+def test_margin_hinge():
+    labels = torch.tensor([[-0.1, 0.9, -0.1, -0.1], [0.3, 0.2, 0.0, 0.0], [0.5, 0.5, 0.1, 0.0]])
+    assert common.margin_loss(labels).item() == pytest.approx(-(1 / 4 + 0.1 + 0) / 3, abs=1e-6)
+
+
+def nfr_by_hand(net, images, labels, real, truth, ridge, mirror):
+    """Eq. 17 by matrix inversion, with a graph for all inputs."""
+    if mirror:
+        images, labels = torch.cat([images, images.flip(3)]), torch.cat([labels, labels])
+    f = net.features(images)
+    kernel = f @ f.T
+    inverse = torch.linalg.inv(kernel + ridge * kernel.trace() / len(f) * torch.eye(len(f)))
+    return (net.features(real) @ f.T @ inverse @ labels - truth).square().sum() / 2 / len(real)
+
+
+@pytest.mark.parametrize("name, flip", [("cifar10", True), ("cifar100", True), ("cifar10", False)])
+def test_frepo(name, flip, data, tmp_path, monkeypatch):
+    """One iteration: Eq. 17 and the hinge, LAMB; then Eq. 18 by Adam."""
+    monkeypatch.setattr(common, "margin_loss", torch.norm)  # the hinge has no gradient yet
+    history, data.flip = record_steps(monkeypatch), flip
+    argv = f"--dataset {name} --ipc 10 --iterations 1 --pool 2 --batch-real 20 --ridge 1e-3"
+    argv += " --lr 0.1 --lr-pool 0.01 --weight-margin 0.7"
+    args = common.parse_args(frepo.Args, frepo.PRESETS, argv.split())
+    found = frepo.distill(data, args, tmp_path / "frepo.pt")
+    mirror = flip and name == "cifar10"  # CIFAR-100 at 10 images a class goes without
+    assert args.zca and args.whitening == "zca-trace"
+    k = int(history[0][1]["ages"].tolist() == [0, 51])  # the second network starts at age 50
+    net = common.ConvNet(data.shape, 3, norm=False, double=True).reset(0, "pool", k)
+    images, numbers = data.sample(10, 0, "start")
+    labels = (F.one_hot(numbers, 3) - 1 / 3) / math.sqrt(3 / 10)
+    leaves = images.requires_grad_(), labels.requires_grad_()
+    real, real_labels = data.batch(20, 0, 0, "real")
+    truth = F.one_hot(real_labels, 3) - 1 / 3
+    loss = nfr_by_hand(net, *leaves, real, truth, 1e-3, mirror)
+    assert history[0][0] == pytest.approx(loss.item(), rel=1e-8)
+    (loss + 0.7 * labels.norm()).backward()
+    frepo.Lamb(leaves, lr=0.1).step()
+    assert relative(found["images"], images.detach()) < 1e-5
+    assert relative(found["labels"], labels.detach()) < 1e-5
+    net.zero_grad()
+    ((net(found["images"]) - found["labels"]).square().sum() / 2 / 30).backward()
+    torch.optim.Adam(net.parameters(), lr=0.01).step()
+    assert relative(joined(history[0][1]["pool"], f"{k}."), joined(net.state_dict())) < 1e-4
+
+
+def test_pool(data, tmp_path, monkeypatch):
+    """An iteration changes the drawn network alone; at max_age a new one takes its place."""
+    history = record_steps(monkeypatch)
+    args = frepo.Args(iterations=24, pool=3, max_age=4, batch_real=6, lr_pool=1e-3)
+    frepo.distill(data, args, tmp_path / "frepo.pt")
+    net = common.ConvNet(data.shape, 3, norm=False, double=True)
+    before = [common.flatten(net.reset(0, "pool", k)) for k in range(3)]
+    ages, replaced = [0, 1, 2], set()
+    for _, state in history:
+        after = [joined(state["pool"], f"{k}.") for k in range(3)]
+        moves = [(a - b).abs().max().item() for a, b in zip(after, before, strict=True)]
+        (k,) = [k for k in range(3) if moves[k] > 0]
+        ages[k] = (ages[k] + 1) % 4
+        assert state["ages"].tolist() == ages
+        if ages[k]:  # a step of Adam; its first is exact
+            assert moves[k] == pytest.approx(1e-3, rel=1e-2 if ages[k] == 1 else 0.9)
+        else:
+            assert moves[k] > 0.05
+            replaced.add(after[k][0].item())
+        before = after
+    assert len(replaced) > 3

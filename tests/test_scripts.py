@@ -1,0 +1,330 @@
+"""The scripts as a user meets them: whole runs, files, kills, mistakes."""
+
+import ast
+import functools
+import importlib
+import json
+import operator
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import common
+import evaluate
+
+EXPERT = "--eval-every 2 --experts 1 --max-start 1 --expert-epochs 1 --student-steps 2"
+FLAGS = {
+    "mtt": EXPERT,
+    "dm": "--eval-every 2 --batch-real 4",
+    "haba": f"{EXPERT} --lr-bases 1 --lr-hallucinators 0.01",
+    "kfs": "--eval-every 2 --pretrain 2 --decoders 2 --codes 2",
+    "frepo": "--eval-every 2 --pool 2 --batch-real 16 --max-age 2",
+    "translator_fewshot": "--mode autoencoder --ae-steps 2 --adapt-steps 2 --batch-real 16",
+}
+load = functools.partial(torch.load, weights_only=True)
+METHODS = pytest.mark.parametrize("method", FLAGS)
+ROW = "method dataset per_class iterations seconds network accuracy std best random random_std "
+ROW += "random_per_class runs epochs seed settings scoring_seconds hardware torch commit command"
+
+# ------------------------------------------------------------ running a script
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """The folder of a data set of 3 classes, 12 training and 6 test images each, 3x16x16."""
+    folder = tmp_path_factory.mktemp("home") / "tiny"
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for c, name in enumerate(["ant", "bee", "cat"]):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(50 * c, 50 * c + 150, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def run_script(script, words, patch):
+    """Run a script in this process -> exit status."""
+    patch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return common.run(importlib.import_module(script).main) or 0
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.fixture
+def call(home, tmp_path, monkeypatch, capsys):
+    """Run a script in tmp_path with the flags of a short run and more -> status, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *flags):
+        capsys.readouterr()
+        status = run_script(script, [*command(script, home), *flags], monkeypatch)
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def command(script, home):
+    """Flags of a run of a second."""
+    flags = f"--epochs 2 --data-dir {home.parent} --device cpu --runs 1"
+    if script in FLAGS:
+        flags += f" --dataset {home} --iterations 3 {FLAGS[script]}"
+    return flags.split()
+
+
+def distilled_path(method):
+    """Where a method writes, below the folder that it runs in."""
+    name = "translator_fewshot_autoencoder" if method == "translator_fewshot" else method
+    return f"out/{name}_tiny_{'bpc' if method == 'haba' else 'ipc'}1.pt"
+
+
+@pytest.fixture(scope="session")
+def finished(home, tmp_path_factory):
+    """method -> the folder of its unbroken run; each runs once."""
+
+    @functools.cache
+    def run(method):
+        folder = tmp_path_factory.mktemp(method)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            assert run_script(method, command(method, home), patch) == 0
+        return folder
+
+    return run
+
+
+def assert_same(ours, theirs):
+    """Two distilled files are equal, but for the seconds that they took and where they are."""
+    ours, theirs = load(ours), load(theirs)
+    assert ours.keys() == theirs.keys() and any(map(torch.is_tensor, ours.values()))
+    for key in ours.keys() - {"seconds", "settings"}:
+        equal = torch.equal if torch.is_tensor(ours[key]) else operator.eq
+        assert equal(ours[key], theirs[key]), key
+
+
+# ------------------------------------------------------------ whole runs
+
+
+@METHODS
+def test_run(method, finished, call):
+    """Distilled file, picture, losses, results row; evaluate.py reads the file and agrees."""
+    path = finished(method) / distilled_path(method)
+    distilled = load(path)
+    scores = dict(distilled["evaluations"])
+    assert list(scores) == ([] if method == "translator_fewshot" else [2])
+    images, labels = importlib.import_module(method).decode(distilled)
+    variants, count = {"haba": (5, 3), "kfs": (1, 12)}.get(method, (1, 3))
+    assert images.shape == (variants, count, 3, 16, 16) and images.isfinite().all()
+    numbers = labels.argmax(1) if labels.is_floating_point() else labels
+    assert len(labels) == count and numbers.unique().tolist() == [0, 1, 2]
+    every_image, every_label, info = evaluate.training_set(path)
+    assert torch.equal(every_image, images.flatten(0, 1)) and info["method"] == method
+    assert torch.equal(every_label.view(variants, *labels.shape)[-1], labels)
+
+    with Image.open(path.with_suffix(".png")) as picture:
+        picture.load()
+        assert min(picture.size) >= 64 and len(picture.convert("RGB").getcolors(10**6)) > 100
+    assert path.with_suffix(".csv").read_text().startswith("iteration,loss,seconds\n3,")
+
+    (row,) = map(json.loads, open(path.parent / "results.jsonl"))
+    assert set(ROW.split()) <= row.keys() and (row["runs"], row["epochs"]) == (1, 2)
+    assert row["method"] == method and row["dataset"] == "tiny" and 0 <= row["accuracy"] <= 100
+    assert row["best"] == scores.get(2)
+    assert row["random_per_class"] == {"haba": 5}.get(method, 1)  # as much storage
+    status, err = call("evaluate", path)
+    assert status == 0, err
+    (again,) = map(json.loads, open("out/results.jsonl"))
+    for key in ("accuracy", "random", "random_per_class", "network", "per_class", "iterations"):
+        assert again[key] == row[key], key
+
+
+def test_readme(finished, home, tmp_path, monkeypatch, capsys):
+    """The README's lines for using a distilled set work."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = "\n".join(block for block in blocks if "info" in block)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(home.parent)
+    path = repr(str(finished("haba") / distilled_path("haba")))
+    names = {}
+    exec(re.sub(r'"[^"\n]*\.pt"', lambda _: path, code), names)
+    assert names["images"].shape == (15, 3, 16, 16) and capsys.readouterr().out
+
+
+def test_copied_alone(home, tmp_path):
+    """haba.py and common.py in an empty folder are enough; two processes share the folder."""
+    for name in ("haba.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    env = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "haba.py", *command("haba", home), "--data-dir", "data"]
+    processes = []
+    for more in ("", "--seed 7 --experts 2 --iterations 0"):
+        processes.append(subprocess.Popen([*words, *more.split()], cwd=tmp_path, env=env))
+    assert [process.wait() for process in processes] == [0, 0]
+    assert [path.name for path in (tmp_path / "out").glob("*.pt")] == ["haba_tiny_bpc1.pt"]
+    assert len(list(tmp_path.glob("data/experts/*/seed7_expert00[01].pt"))) == 2
+
+
+def test_experts_only(call, tmp_path):
+    """mtt.py --iterations 0 trains experts, too; the next run takes those of any seed."""
+    assert call("mtt", "--data-dir", tmp_path, "--iterations", 0, "--seed", 7)[0] == 0
+    assert not list((tmp_path / "out").iterdir())
+    assert call("mtt", "--data-dir", tmp_path)[0] == 0
+    assert [path.name for path in tmp_path.glob("experts/*/*")] == ["seed7_expert000.pt"]
+
+
+@METHODS
+def test_single_file(method):
+    """Of our own files, a method imports common.py only."""
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"{method}.py").read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [getattr(node, "module", name.name) for name in node.names]
+            imported |= {module.partition(".")[0] for module in modules}
+    assert imported & ours == {"common"} and "importlib" not in imported
+
+
+# ------------------------------------------------------------ killed and continued
+
+
+@METHODS
+def test_killed(method, finished, call, monkeypatch):
+    """Killed in every second iteration and started again, a run ends as the unbroken one."""
+    step, begun = common.Run.step, []
+
+    def die_in_the_second(run, it, loss):
+        begun.append(it)
+        if len(begun) == 2:
+            raise ZeroDivisionError  # the iteration is lost
+        run.saved = 0  # the last checkpoint is more than a minute old
+        step(run, it, loss)
+
+    monkeypatch.setattr(common.Run, "step", die_in_the_second)
+    for _ in range(6 if method == "translator_fewshot" else 2):
+        with pytest.raises(ZeroDivisionError):
+            call(method)
+        begun.clear()
+    assert call(method)[0] == 0
+    path = distilled_path(method)
+    assert_same(path, finished(method) / path)
+
+
+def test_interrupted(finished, call, monkeypatch):
+    """Ctrl-C ends the iteration, saves, exits with 130; the same command continues."""
+    step, path = common.Run.step, distilled_path("mtt")
+
+    def interrupt(run, it, loss):
+        if it == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(run, it, loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "step", interrupt)
+        status, err = call("mtt")
+    assert status == 130 and "2 iterations" in err.splitlines()[-1]
+    assert load(path.replace(".pt", ".ckpt"))["done"] == 2 and not os.path.exists(path)
+    for _ in range(2):  # a finished run may be repeated, too
+        assert call("mtt")[0] == 0
+        assert_same(path, finished("mtt") / path)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigkill(home, call, tmp_path, monkeypatch):
+    """A process that gets SIGKILL leaves a whole checkpoint, from which the run continues."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    code = "import conftest, common, dm\n"
+    code += "common.Run.saved = property(lambda _: 0, lambda *_: 0)\n"  # save in each iteration
+    code += "common.run(dm.main)"
+    flags = ["--iterations", "60"]
+    process = subprocess.Popen([sys.executable, "-c", code, *command("dm", home), *flags])
+    path = tmp_path / distilled_path("dm")
+    checkpoint = path.with_suffix(".ckpt")
+    while process.poll() is None and not (checkpoint.exists() and load(checkpoint)["done"] >= 5):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 5 <= load(checkpoint)["done"] < 60 and not path.exists()
+    assert call("dm", *flags)[0] == 0
+    assert call("dm", *flags, "--out", "unbroken")[0] == 0
+    assert_same(path, tmp_path / "unbroken" / path.name)
+
+
+# ------------------------------------------------------------ mistakes
+
+MISTAKES = """
+mtt --no-such-flag 1 > --no-such-flag
+frepo --iteration 3 > --iterations
+frepo --iterations 2 > frepo_tiny_ipc1.ckpt iterations --out
+dm --lr 2 > dm_tiny_ipc1.ckpt lr --out
+dm --out JUNK > dm_tiny_ipc1.ckpt broken
+dm --ipc 0 > --ipc 0
+dm --ipc 13 > class tiny 12 images 13
+dm --lr nan > --lr nan
+dm --dataset nowhere > nowhere glyphs cifar10
+dm --dataset TINY/train > TINY/train
+dm --device toaster > --device toaster
+dm --size 8 > 8x8 --size
+dm --out FILE/out > FILE
+haba --ipc 1 > --bpc bases
+haba --depth 0 --channels 8 > --depth 0
+kfs --real-means 2 --batch-real 4 > --real-means --batch-real
+kfs --fixed-decoders DM > DM kfs.py
+translator_fewshot --eval-every 1 > --eval-every
+translator_fewshot --mode adapted > --translator
+translator_fewshot --mode adapted --translator DM > DM
+evaluate > nothing
+evaluate nowhere.pt > nowhere.pt
+evaluate out/dm_tiny_ipc1.ckpt > dm_tiny_ipc1.ckpt distilled
+evaluate DM --network perceptron > perceptron
+evaluate DM --network vit_b_16 > vit_b_16
+evaluate DM --dataset glyphs > DM glyphs
+evaluate DM --corruption nowhere > nowhere
+evaluate DM --out FILE/out > FILE
+evaluate DM --export FILE > FILE
+evaluate --coreset random --dataset TINY --ipc 13 > 13
+evaluate --continual dm --dataset TINY --steps 2 > 3 classes --steps
+evaluate --table --out empty > results.jsonl
+"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
+def test_mistake(mistake, finished, home, call, tmp_path):
+    """One line on stderr that names the problem, status 2; no file is written over."""
+    script = mistake.split()[0]
+    shutil.copytree(finished(script if script in FLAGS else "dm") / "out", tmp_path / "out")
+    (tmp_path / "junk").mkdir()
+    for path in ("file", "junk/dm_tiny_ipc1.ckpt"):
+        (tmp_path / path).write_text("not a tensor")
+    places = {"FILE": "file", "JUNK": "junk", "DM": finished("dm") / distilled_path("dm")}
+    for name, path in (places | {"TINY": home}).items():
+        mistake = mistake.replace(name, str(path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    flags, words = mistake.split(">")
+    status, err = call(script, *flags.split()[1:])
+    assert status == 2, err
+    (line,) = err.splitlines()
+    assert line.startswith(f"{script}.py: ")
+    assert [word for word in words.split() if word not in line] == [], line
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@METHODS
+def test_loss_not_finite(method, call):
+    """A learning rate that is too large is told; no distilled file is written."""
+    flag = {"mtt": "--lr-images", "haba": "--lr-bases", "kfs": "--lr-decoders"}.get(method, "--lr")
+    status, err = call(method, flag, "1e30", "--iterations", 20)
+    assert status == 2 and "smaller learning rates" in err.splitlines()[-1]
+    assert not os.path.exists(distilled_path(method))
