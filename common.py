@@ -864,9 +864,15 @@ def output_path(method, args):
     suffix = f"_seed{args.seed}" if args.seed else ""
     name = f"{method}_{pathlib.Path(args.dataset).name}_{budget}{suffix}.pt"
     path = pathlib.Path(args.out) / name
-    save(b"", path.with_suffix(".tmp"))  # fails now if the folder cannot be written
-    path.with_suffix(".tmp").unlink()
+    check_writable(args.out)
     return path
+
+
+def check_writable(folder):
+    """Raise UserError now, not after hours, if `folder` cannot be written."""
+    probe = pathlib.Path(folder) / f".probe{os.getpid()}"
+    save(b"", probe)
+    probe.unlink()
 
 
 def save_distilled(path, data, args, tensors, run, step_size=None):
@@ -952,7 +958,7 @@ class Run:
         self.settings = {key: value for key, value in asdict(args).items() if key not in free}
         self.settings["data"] = data.preprocess.fingerprint
         if experts is not None:
-            self.settings["expert weights"] = hash_int(experts.flatten()[::997].tolist())
+            self.settings["experts' weights"] = hashlib.sha256(experts.cpu().numpy()).hexdigest()
         self.done, self.seconds, self.evaluations, self.losses = 0, 0.0, [], []
         if self.path.exists():
             try:

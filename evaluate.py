@@ -36,8 +36,7 @@ import common
 METHODS = ("mtt", "dm", "haba", "kfs", "frepo", "translator_fewshot")
 NETWORKS = "convnet alexnet vgg11 resnet10 resnet18 densenet121"
 CORESETS = ("random", "herding", "k-center", "forgetting", "whole")
-FEATURE_EPOCHS = 20  # of the network that selects core-sets
-WHOLE_EPOCHS = 30  # default for the whole real set, where an epoch has hundreds of steps
+FEATURE_EPOCHS, WHOLE_EPOCHS = 20, 30  # of the network that selects core-sets; on the whole set
 
 
 # ------------------------------------------------------------ distilled files
@@ -311,10 +310,8 @@ def continual(args, flags):
         parts = []
         for i, new in enumerate(steps):
             if args.continual == "kfs":  # App. A: decoders of the first step are kept, two drops
-                fixed = str(files[0]) if i else ""
-                options = replace(
-                    options, fixed_decoders=fixed, drops=options.drops or (5000, 15000)
-                )
+                drops = options.drops or (5000, 15000)
+                options = replace(options, drops=drops, fixed_decoders=str(files[0]) if i else "")
             parts.append(method.distill(restrict(data, new), options, files[i]))
             seen = restrict(data, np.concatenate(steps[: i + 1]))
             row = common.score(seen, *join(parts, method, data.device), options)
@@ -466,6 +463,7 @@ def main(argv=None):
         raise common.UserError("--ipc, --runs, --epochs, --steps and --orders: use 1 or more")
     if not (words or args.coreset or args.continual or args.table):
         raise common.UserError("nothing to do: give files, --coreset, --continual or --table")
+    common.check_writable(args.out)
     if args.continual:
         continual(args, words)
     elif args.export:

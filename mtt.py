@@ -58,10 +58,9 @@ PRESETS = {  # the authors' settings
     ("tinyimagenet", 1): dict(student_steps=10, max_start=10, lr_images=1e4, lr_step=1e-4),
     ("tinyimagenet", 10): dict(max_start=40, lr_images=1e4, lr_step=1e-4, batch=200),
 }
-PRESETS["glyphs", 1] = PRESETS["cifar10", 1] | dict(
-    zca=False, experts=3, expert_epochs=4, max_start=12, student_steps=20, iterations=100
-)
-PRESETS["glyphs", 1] |= dict(runs=3, epochs=300)
+PRESETS["glyphs", 1] = PRESETS["cifar10", 1] | dict(zca=False, experts=2, expert_epochs=4)
+PRESETS["glyphs", 1] |= dict(max_start=5, student_steps=20, step_size=0.005, iterations=60)
+PRESETS["glyphs", 1] |= dict(runs=2, epochs=200)
 
 
 def distill(data, args, path):

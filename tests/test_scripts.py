@@ -28,7 +28,7 @@ FLAGS = {
     "dm": "--eval-every 2 --batch-real 4",
     "haba": f"{EXPERT} --lr-bases 1 --lr-hallucinators 0.01",
     "kfs": "--eval-every 2 --pretrain 2 --decoders 2 --codes 2",
-    "frepo": "--eval-every 2 --pool 2 --batch-real 16 --max-age 2",
+    "frepo": "--eval-every 2 --pool 1 --batch-real 16 --max-age 2",
     "translator_fewshot": "--mode autoencoder --ae-steps 2 --adapt-steps 2 --batch-real 16",
 }
 load = functools.partial(torch.load, weights_only=True)
@@ -177,11 +177,11 @@ def test_copied_alone(home, tmp_path):
 
 
 def test_experts_only(call, tmp_path):
-    """mtt.py --iterations 0 trains experts, too; the next run takes those of any seed."""
-    assert call("mtt", "--data-dir", tmp_path, "--iterations", 0, "--seed", 7)[0] == 0
-    assert not list((tmp_path / "out").iterdir())
-    assert call("mtt", "--data-dir", tmp_path)[0] == 0
-    assert [path.name for path in tmp_path.glob("experts/*/*")] == ["seed7_expert000.pt"]
+    """mtt.py --iterations 0 trains the experts of its seed; the next run takes any."""
+    for flags in ("--iterations 0 --seed 7", "--iterations 0 --seed 8", "--seed 9"):
+        assert call("mtt", "--data-dir", tmp_path, *flags.split())[0] == 0
+    names = {path.name for path in [*tmp_path.glob("experts/*/*"), *tmp_path.glob("out/*.pt")]}
+    assert names == {"seed7_expert000.pt", "seed8_expert000.pt", "mtt_tiny_ipc1_seed9.pt"}
 
 
 @METHODS
@@ -202,7 +202,8 @@ def test_single_file(method):
 @METHODS
 def test_killed(method, finished, call, monkeypatch):
     """Killed in every second iteration and started again, a run ends as the unbroken one."""
-    step, begun = common.Run.step, []
+    path, step, begun = distilled_path(method), common.Run.step, []
+    unbroken = finished(method) / path
 
     def die_in_the_second(run, it, loss):
         begun.append(it)
@@ -217,8 +218,7 @@ def test_killed(method, finished, call, monkeypatch):
             call(method)
         begun.clear()
     assert call(method)[0] == 0
-    path = distilled_path(method)
-    assert_same(path, finished(method) / path)
+    assert_same(path, unbroken)
 
 
 def test_interrupted(finished, call, monkeypatch):
