@@ -86,7 +86,7 @@ class Args(common.Args):
 # DM's and DC's authors; the paper has eta_H = eta_B, but with that the hallucinators diverge
 DM = dict(iterations=20000, lr_bases=1.0, lr_hallucinators=0.001)
 DC = dict(lr_bases=0.1, lr_hallucinators=0.001)
-SHORT = dict(iterations=60, batch_real=64, net_epochs=5, runs=2, epochs=200)
+SHORT = dict(iterations=130, batch_real=64, net_epochs=5, runs=2, epochs=200)
 SHORT |= dict(experts=2, student_steps=20, max_start=5, expert_epochs=4, step_size=0.005)
 PRESETS = {
     "mtt": {  # CIFAR-100: MTT's with the paper's batch; SVHN (below): CIFAR-10's
