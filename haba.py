@@ -11,7 +11,7 @@ hallucinators are trained to make these features differ (Eq. 5).
     python haba.py --dataset cifar10 --bpc 9            # the paper: 69.9 +- 0.4 %
     python haba.py --dataset cifar10 --objective dm     # DM's or DC's objective (Tab. 2)
 
-Measured: 37.9 +- 1.1 % with the first command, 18.4 for random real images of the same storage.
+Measured: 37.5 +- 0.3 % with the first command, 18.4 for random real images of the same storage.
 
 With the authors' learning rate of 100, hallucinator weights reach 58 within 15 iterations, in their
 code as well: use --lr-hallucinators 1 for short runs. Their code also standardizes each batch as a
