@@ -68,6 +68,7 @@ class Args:
     eval_every: int = 0
 
     whitening = "zca"  # the kind of Preprocess
+    may_be_zero = ("iterations",)  # counts that may be 0 although their default is not
 
     @property
     def per_class(self):
@@ -108,9 +109,8 @@ def parse_args(cls, presets, argv=None):
         raise UserError(f"unknown argument {word}: {hint}")
     given = vars(known)
     for name, value in given.items():
-        # Counts start at 1, unless 0 is their default.
-        default, free = getattr(cls, name), name in ("iterations", "hallucinators", "depth")
-        least = 1 if type(default) is int and default > 0 and not free else 0
+        counted = kinds[name] is int and name not in cls.may_be_zero
+        least = 1 if counted and getattr(cls, name) > 0 else 0
         if isinstance(value, int | float) and not least <= value <= 1e30:
             raise UserError(f"--{name.replace('_', '-')} {value}: use {least} or more")
 
@@ -206,10 +206,13 @@ class Dataset:
             n = self.smallest_class
             raise UserError(f"a class of {self.name} has {n} images: {per_class} are too many")
         seed(*key)
-        order = torch.rand(self.indices_by_class.shape, device=self.device)
-        order = order.masked_fill(self.indices_by_class < 0, -1).topk(per_class).indices
-        index = self.indices_by_class.gather(1, order).flatten()
+        index = self.draw(self.indices_by_class, per_class).flatten()
         return self.train[index], self.train_labels[index]
+
+    def draw(self, rows, per_class):
+        """Draw from rows of `indices_by_class` without replacement -> indices (rows, per_class)."""
+        order = torch.rand(rows.shape, device=self.device).masked_fill(rows < 0, -1)
+        return rows.gather(1, order.topk(per_class).indices)
 
     def batch(self, size, *key):
         """Training images drawn with replacement -> images (size, ...), labels."""
@@ -521,6 +524,13 @@ class ConvNet(nn.Module):
         return self.classifier(self.features(images))
 
 
+@torch.no_grad()
+def features(net, images):
+    """net.features without a graph, 512 images at a time -> float32 (n, d)."""
+    with autocast(images.device):
+        return torch.cat([net.features(x).float() for x in images.split(512)])
+
+
 def flatten(net):
     """All parameters as one detached vector (P,)."""
     return nn.utils.parameters_to_vector(net.parameters()).detach()
@@ -820,32 +830,34 @@ def append_row(row, device, folder):
     with contextlib.suppress(OSError):  # git is not installed
         row["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     row["command"] = " ".join(["python", *sys.argv])
-    path = pathlib.Path(folder) / "results.jsonl"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    with writing(pathlib.Path(folder) / "results.jsonl") as path, open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 # ------------------------------------------------------------ files
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Make the folder of `path`; an OSError in the block becomes a UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
 def save(content, path):
     """Write bytes, or anything else by torch.save, beside `path`, then rename. Raises UserError."""
-    path, buffer = pathlib.Path(path), io.BytesIO()
+    buffer = io.BytesIO()
     if isinstance(content, bytes):
         buffer.write(content)
     else:
         torch.save(content, buffer)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(pathlib.Path(path)) as path:
+        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         beside.write_bytes(buffer.getvalue())
         os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def load(path, what):
@@ -945,7 +957,8 @@ class Run:
     """The checkpoint of a distillation that can be stopped and continued.
 
     state: {name: tensor, module or optimizer}, restored in place if there is a checkpoint.
-    evaluate() -> accuracy, every args.eval_every iterations. experts: checked to be the same.
+    evaluate() -> accuracy, every args.eval_every iterations; may be None. experts: checked to be
+    the same.
     `iterations` may differ when a run is continued, the other settings not. Raises UserError.
     """
 
@@ -994,7 +1007,7 @@ class Run:
         """Show progress; save once a minute, at the end and on Ctrl-C."""
         self.done = it + 1
         self.progress.step(lambda: f"loss {loss.item():.4f}")
-        if self.args.eval_every and self.done % self.args.eval_every == 0:
+        if self.evaluate and self.args.eval_every and self.done % self.args.eval_every == 0:
             self.evaluations.append((self.done, round(self.evaluate(), 2)))
         last = self.done == self.args.iterations
         if last or self.interrupted or time.time() - self.saved >= 60:

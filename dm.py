@@ -62,9 +62,9 @@ def distill(data, args, path):
         key = (args.seed, it)
         net.reset(*key)
         real, _ = data.sample(batch_real, *key, "real")
-        with torch.no_grad(), common.autocast(data.device):
-            target = class_means(net, augment(real, data, *key), classes)
-        loss = (class_means(net, augment(images, data, *key), classes) - target).square().sum()
+        target = class_means(common.features(net, augment(real, data, *key)), classes)
+        features = net.features(augment(images, data, *key))
+        loss = (class_means(features, classes) - target).square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -74,9 +74,9 @@ def distill(data, args, path):
     return common.save_distilled(path, data, args, tensors, run)
 
 
-def class_means(net, images, classes):
-    """Mean features of each class of images (C n, c, h, w), class after class -> (C, d)."""
-    return net.features(images).float().unflatten(0, (classes, -1)).mean(1)
+def class_means(features, classes):
+    """Mean of each class of features (C n, d), class after class -> (C, d)."""
+    return features.unflatten(0, (classes, -1)).mean(1)
 
 
 def augment(images, data, *key):

@@ -114,11 +114,8 @@ def build_network(name, shape, classes):
         net = adapt_to_small_images(net, shape[0])
     if shape[-1] == 28:
         net = nn.Sequential(nn.ZeroPad2d(2), net)  # 32x32, as in ConvNet
-    with contextlib.suppress(RuntimeError, ValueError, AssertionError):
-        if torch.is_tensor(net(torch.zeros(2, *shape))):
-            net.kind = name
-            return net
-    raise common.UserError(f"{name} does not take images of {shape}: use another --network")
+    net.kind = name
+    return net
 
 
 def build_stack(name, channels, classes):
@@ -157,8 +154,7 @@ def open_coreset(kind, args):
     data = load_data(args.dataset, "standardize", args.size, args.data_dir, args.device)
     images, labels = data.sample(args.ipc, args.seed, "core-set")  # class after class
     if kind == "whole":
-        images = data.train
-        labels = data.train_labels
+        images, labels = data.train, data.train_labels
     elif kind != "random":
         images = data.train[select(kind, data, args)]
     count = len(data.classes)
@@ -211,8 +207,8 @@ def learn_features(data, args):
     correct = torch.zeros_like(forgotten).bool()
     for epoch in range(FEATURE_EPOCHS):
         common.train_epoch(net, sgd, data, data.train[None], data.train_labels, args.seed, epoch)
+        features = common.features(net, data.train)
         with torch.no_grad(), common.autocast(data.device):
-            features = torch.cat([net.features(x) for x in data.train.split(500)]).float()
             wrong = net.classifier(features).argmax(1) != data.train_labels
         forgotten += correct & wrong
         correct = ~wrong
@@ -424,7 +420,11 @@ def jobs(paths, args):
     sets = [open_file(path, args) for path in paths]
     sets += [open_coreset(kind, args) for kind in args.coreset]
     for (data, *_), name in itertools.product(sets, filter(None, args.network)):
-        build_network(name, data.shape, len(data.classes))  # raises before anything is trained
+        net = build_network(name, data.shape, len(data.classes))
+        with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+            if torch.is_tensor(net(torch.zeros(2, *data.shape))):
+                continue
+        raise common.UserError(f"{name} does not take images of {data.shape}: use another")
     for one, name, epochs in itertools.product(sets, args.network, args.epochs):
         data, distilled, images, labels, protocol = one
         if name:

@@ -100,9 +100,8 @@ class Lamb(torch.optim.Optimizer):
 def distill(data, args, path):
     """Distill `data` into args.ipc images and soft labels a class -> content of the file `path`."""
     classes = len(data.classes)
-    images, numbers = data.sample(
-        args.ipc, args.seed, "start"
-    )  # synthetic images start as real ones
+    # synthetic images start as real ones
+    images, numbers = data.sample(args.ipc, args.seed, "start")
     labels = common.center_labels(numbers, classes, math.sqrt(classes / 10))
     images.requires_grad_()
     labels.requires_grad_()
@@ -131,8 +130,7 @@ def distill(data, args, path):
 
         # Eq. 17: ridge regression from the synthetic features to the real ones
         real, real_labels = data.batch(args.batch_real, *key, "real")
-        with torch.no_grad(), common.autocast(data.device):
-            target = net.features(real).float()
+        target = common.features(net, real)
         support, support_labels = images, labels
         if args.mirror and data.flip:
             support, support_labels = torch.cat([images, images.flip(3)]), labels.repeat(2, 1)

@@ -84,6 +84,8 @@ class Args(common.Args):
     # dc: epochs that the network trains between two iterations
     net_epochs: int = 50
 
+    may_be_zero = ("iterations", "hallucinators")
+
 
 # DM's and DC's authors; the paper has eta_H = eta_B, but with that the hallucinators diverge
 DM = dict(iterations=20000, lr_bases=1.0, lr_hallucinators=0.001)
@@ -356,8 +358,7 @@ def match_features(net, factors, data, args, it):
     net.reset(args.seed, it)
     pairs, images, leaf = class_pairs(factors, data, args, it)
     real, ours = (torch.cat(part) for part in zip(*pairs, strict=True))
-    with torch.no_grad(), common.autocast(data.device):
-        target = net.features(real).float().unflatten(0, (len(pairs), -1)).mean(1)
+    target = common.features(net, real).unflatten(0, (len(pairs), -1)).mean(1)
     means = net.features(ours).unflatten(0, (len(pairs), -1)).mean(1)
     loss = (means - target).square().sum()
     loss.backward(inputs=[leaf])

@@ -219,9 +219,8 @@ def match_distribution(net, target, codes, decoders, args, *key):
         chosen = torch.randperm(m, device=codes.device)[: args.backprop]
 
     images = decoders(codes.flatten(0, 1))[:, use]
-    with torch.no_grad(), common.autocast(codes.device):
-        features = [net.features(x) for x in images.flatten(0, 1).split(512)]
-    gap = torch.cat(features).float().unflatten(0, (classes, -1)).mean(1) - target
+    features = common.features(net, images.flatten(0, 1))
+    gap = features.unflatten(0, (classes, -1)).mean(1) - target
     images = images.unflatten(0, (classes, m))[:, chosen].flatten(0, 2)
     leaf = images.detach().requires_grad_()
     per_class = len(images) // classes
@@ -260,10 +259,8 @@ def load_real_means(data, args):
             progress.skip(1)
         else:
             net.reset("real means", k)
-            weights, means = (
-                common.flatten(net),
-                class_means(net, data, data.train, data.train_labels),
-            )
+            weights = common.flatten(net)
+            means = class_means(net, data, data.train, data.train_labels)
             common.save([weights.cpu(), means.cpu()], path)
             progress.step()
         found.append((weights.to(data.device), means.to(data.device)))

@@ -68,9 +68,8 @@ def distill(data, args, path):
 
     With --iterations 0 only the experts are trained -> None.
     """
-    images, labels = data.sample(
-        args.ipc, args.seed, "start"
-    )  # synthetic images start as real ones
+    # synthetic images start as real ones
+    images, labels = data.sample(args.ipc, args.seed, "start")
     experts = common.load_experts(data, args)
     if args.iterations == 0:
         return None

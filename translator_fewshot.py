@@ -143,13 +143,6 @@ def nfr(net, images, labels, target, target_labels, data, args):
     return common.nfr_loss(net.features(images), labels, target, target_labels, args.ridge)
 
 
-@torch.no_grad()
-def features(net, images):
-    """Features (n, d) of images, without a graph, 512 at a time."""
-    with common.autocast(images.device):
-        return torch.cat([net.features(x).float() for x in images.split(512)])
-
-
 def start_synthetic(data, per_class, args, *key):
     """Alg. 2, line 4: random real images and centered labels."""
     images, labels = data.sample(per_class * (4 if args.down_sample else 1), *key)
@@ -179,7 +172,7 @@ def distill_in_one_network(net, images, labels, target, target_labels, data, arg
         if target is None:
             net.reset(args.seed, t)
             real, y = data.batch(args.batch_real, args.seed, t, "real")
-            x, y = features(net, real), common.center_labels(y, len(data.classes))
+            x, y = common.features(net, real), common.center_labels(y, len(data.classes))
         loss = nfr(net, images, labels, x, y, data, args)  # line 7
         optimizer.zero_grad()
         (loss + args.weight_margin * common.margin_loss(labels)).backward()
@@ -209,13 +202,11 @@ def cached_subset(data, net, n, args):
     chosen = torch.randperm(len(data.classes))[:count].to(data.device)
     k = max(1, min(args.max_images // count, data.smallest_class))
     ipc = torch.randint(1, max(1, min(args.max_synthetic // count, k)) + 1, ()).item()
-    rows = data.indices_by_class[chosen]
-    order = torch.rand(rows.shape, device=data.device).masked_fill(rows < 0, -1).topk(k).indices
-    index = rows.gather(1, order)
+    index = data.draw(data.indices_by_class[chosen], k)
     real, numbers = data.train[index.flatten()], torch.arange(count, device=data.device)
     # DSA "to mimic larger data sets": each image once more, transformed
     parts = [common.dsa(x, data.flip, args.seed, n, i) for i, x in enumerate(real.split(128))]
-    target = features(net, torch.cat([real, *parts]))
+    target = common.features(net, torch.cat([real, *parts]))
     target_labels = common.center_labels(numbers.repeat_interleave(k).repeat(2), count)
     labels = common.center_labels(numbers.repeat_interleave(ipc), count, math.sqrt(count / 10))
     images = data.train[index[:, :ipc].flatten()]
@@ -236,7 +227,7 @@ def train_translator(translator, data, args, path, steps, lr, loss_of, batch=1):
     """
     optimizer = torch.optim.Adam(translator.parameters(), lr=lr)
     state = {"translator": translator, "optimizer": optimizer}
-    run = common.Run(path, data, replace(args, iterations=steps, eval_every=0), state)
+    run = common.Run(path, data, replace(args, iterations=steps), state)
     for step in range(run.start, steps):
         optimizer.zero_grad()
         total = 0
@@ -256,7 +247,7 @@ def translation_loss(translator, net, images, labels, real, real_labels, data, a
     """Alg. 2, lines 11 to 14: Eq. 2 for translated images in a new random network."""
     net.reset(*key)  # line 12
     truth = common.center_labels(real_labels, labels.shape[1])
-    return nfr(net, translator(images), labels, features(net, real), truth, data, args)
+    return nfr(net, translator(images), labels, common.features(net, real), truth, data, args)
 
 
 def adaptation_loss(translator, net, images, labels, data, args, step, b=0):
@@ -297,7 +288,7 @@ def learn_space(net, data, args, path):
     judge = build_network(data)
     optimizer = torch.optim.Adam(net.blocks.parameters(), lr=args.lr_adapt)
     state = {"net": net, "optimizer": optimizer}
-    run = common.Run(path, data, replace(args, iterations=args.outer_steps, eval_every=0), state)
+    run = common.Run(path, data, replace(args, iterations=args.outer_steps), state)
     for i in range(run.start, args.outer_steps):
         key = (args.seed, "space", i)
         images, labels = start_synthetic(data, args.ipc, args, *key, "start")  # line 3
@@ -334,7 +325,8 @@ def bilevel_gradient(net, judge, images, labels, real, real_labels, data, args, 
         images, labels = leaves[0].detach() - lr * dx, leaves[1].detach() - lr * dy
     images.requires_grad_()
     labels.requires_grad_()
-    loss = nfr(judge, images, labels, features(judge, real), truth, data, args)  # lines 11, 12
+    judged = common.features(judge, real)  # line 11
+    loss = nfr(judge, images, labels, judged, truth, data, args)  # line 12
     adjoints = torch.autograd.grad(loss, (images, labels))
     for x, y in reversed(tape):
         dx, dy = gradient(x, y, create_graph=True)
@@ -363,7 +355,7 @@ def distill(data, args, path):
         seconds = learn_space(theta, data, args, path.with_name(f"{path.stem}_space.pt"))
     target, target_labels = None, None
     if args.mode != "baseline":
-        target = features(theta, data.train)  # line 5
+        target = common.features(theta, data.train)  # line 5
         target_labels = common.center_labels(data.train_labels, len(data.classes))
     images, labels = start_synthetic(data, args.ipc, args, args.seed, "start")
     images, labels, run = distill_in_one_network(
