@@ -303,7 +303,8 @@ GLYPHS = {"triangle": 3, "square": 4, "diamond": 4, "hexagon": 6, "disc": 32}  #
 def draw_glyphs(per_class, split):
     """A data set that needs no download -> uint8 pixels (10 * per_class, 3, 16, 16), labels, names.
 
-    One glyph an image, filled or as an outline, of random place, size, angle and color, with noise.
+    One bright glyph an image, filled or as an outline, on a dark ground; place, size, angle and
+    colors are random. Blotches and noise hide much of it.
     """
     random, pixels = np.random.default_rng([7, split]), []
     names = [f"{style} {name}" for name in GLYPHS for style in ("filled", "hollow")]
@@ -315,9 +316,10 @@ def draw_glyphs(per_class, split):
             width = 10 if style == "hollow" else 48
             ImageDraw.Draw(mask).regular_polygon(circle, GLYPHS[name], turn, None, 255, width)
             mask = np.asarray(mask.resize((16, 16), Image.BOX))[..., None] / 255
-            ground, step = random.uniform(0, 1, 3), random.uniform(0.3, 0.7, 3)
-            image = ground + mask * ((ground + step) % 1 - ground)
-            image = image + random.normal(0, 0.05, image.shape)
+            ground, color = random.uniform(0, 0.4, 3), random.uniform(0.6, 1, 3)
+            blotches = random.normal(0, 0.1, (4, 4, 3)).repeat(4, 0).repeat(4, 1)
+            image = ground + mask * (color - ground) + blotches
+            image = image + random.normal(0, 0.2, image.shape)
             pixels.append((image.clip(0, 1) * 255).astype(np.uint8))
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return pixels, torch.arange(10).repeat_interleave(per_class), names
@@ -528,7 +530,7 @@ class ConvNet(nn.Module):
 def features(net, images):
     """net.features without a graph, 512 images at a time -> float32 (n, d)."""
     with autocast(images.device):
-        return torch.cat([net.features(x).float() for x in images.split(512)])
+        return torch.cat([net.features(x).to(images.dtype) for x in images.split(512)])
 
 
 def flatten(net):
@@ -543,18 +545,23 @@ def unflatten(net, flat):
     return {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
 
 
-def train_epoch(net, optimizer, data, images, labels, *key, augment=dsa, batch=256, loss=None):
+def train_epoch(
+    net, optimizer, data, images, labels, *key, augment=dsa, mix=None, batch=256, loss=None
+):
     """Train for an epoch on (V, n, c, h, w): V variants of n images, one drawn at each use.
 
-    loss(logits, labels): cross-entropy by default.
+    mix(images, labels, *key) -> images, labels of a batch, after `augment`. loss(logits, labels):
+    cross-entropy by default.
     """
     seed(*key)
     order = torch.randperm(len(labels), device=data.device)
     variants = torch.randint(len(images), order.shape, device=data.device)
     for step, (i, v) in enumerate(zip(order.split(batch), variants.split(batch), strict=True)):
-        inputs = augment(images[v, i], data.flip, *key, step)
+        inputs, targets = augment(images[v, i], data.flip, *key, step), labels[i]
+        if mix:
+            inputs, targets = mix(inputs, targets, *key, step)
         with autocast(data.device):
-            value = (loss or F.cross_entropy)(net(inputs).float(), labels[i])
+            value = (loss or F.cross_entropy)(net(inputs).float(), targets)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -720,6 +727,7 @@ class Protocol:
 
     network: Callable = ConvNet  # network(shape, classes)
     augment: Callable = dsa  # augment(images, flip, *key)
+    mix: Callable = None  # mix(images, soft labels, *key) -> images, soft labels
     epochs: int = 1000
     batch: int = 256
     lr: float = 0.01
@@ -745,7 +753,9 @@ def train(data, images, labels, protocol, *key, progress=None):
     net = p.network(data.shape, len(data.classes)).to(data.device)
     optimizer = torch.optim.AdamW if p.regression else partial(torch.optim.SGD, momentum=0.9)
     optimizer = optimizer(net.parameters(), weight_decay=p.weight_decay)
-    options = {"augment": p.augment, "batch": p.batch}
+    options = {"augment": p.augment, "mix": p.mix, "batch": p.batch}
+    if p.mix and labels.ndim == 1:
+        labels = F.one_hot(labels, len(data.classes)).float()
     if p.regression:
         options["loss"] = half_square
         labels = center_labels(labels, len(data.classes)) if labels.ndim == 1 else labels
@@ -967,7 +977,7 @@ class Run:
     def __init__(self, path, data, args, state, evaluate=None, experts=None):
         self.path, self.args, self.state = path.with_suffix(".ckpt"), args, state
         self.evaluate, self.interrupted = evaluate, False
-        free = ("data_dir", "device", "out", "iterations", "runs", "epochs")
+        free = ("data_dir", "device", "out", "iterations", "runs", "epochs", "scoring")
         self.settings = {key: value for key, value in asdict(args).items() if key not in free}
         self.settings["data"] = data.preprocess.fingerprint
         if experts is not None:

@@ -39,7 +39,7 @@ PRESETS = {
     ("cifar10", 50): {},
     ("cifar10", 100): {"lr": 10.0},
     ("cifar100", 1): {},  # the authors keep lr 1 for all its budgets
-    ("glyphs", 1): {"iterations": 100, "batch_real": 32, "runs": 3, "epochs": 300},
+    ("glyphs", 1): {"iterations": 300, "batch_real": 32, "runs": 3, "epochs": 300},
 }
 
 

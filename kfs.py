@@ -18,7 +18,7 @@ noisy one (Eq. 3): --sample-decoders and --batch-real turn these on (Fig. 7).
 import math
 import pathlib
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,45 +56,45 @@ class Args(common.Args):
     batch_real: int = 0
     # codes a class to backpropagate through, if memory is short (Sec. 3.2); 0: all
     backprop: int = 0
-    # file of kfs.py whose decoders are kept: class-incremental learning (App. A)
+    # file whose decoders are kept: class-incremental learning (App. A)
     fixed_decoders: str = ""
+    # augmentation in training on the set: IDC's with CutMix, or DSA
+    scoring: Literal["idc", "dsa"] = "idc"
 
 
+# App. B; the paper matches and scores these subsets with ResNetAP-10, here it is the ConvNet
+IMAGENET = dict(iterations=50000, lr_codes=0.01, lr_decoders=0.001, drops=(30000, 42000, 48000))
 PRESETS = {
     ("cifar10", 1): {},
     ("cifar10", 10): dict(high_res=True),
-    # App. B; the paper matches and scores these subsets with ResNetAP-10, here it is the ConvNet
-    ("imagenet10", 1): dict(iterations=50000, lr_codes=0.01, lr_decoders=0.001),
-    ("glyphs", 1): dict(iterations=60, decoders=4, pretrain=300, real_means=10, runs=3, epochs=60),
+    ("imagenet10", 1): IMAGENET,
+    ("imagenet10", 10): IMAGENET | dict(high_res=True),
+    ("glyphs", 1): dict(iterations=60, decoders=4, pretrain=300, real_means=10, runs=2, epochs=60),
 }
-PRESETS["imagenet10", 1] |= dict(drops=(30000, 42000, 48000))
-PRESETS["imagenet10", 10] = PRESETS["imagenet10", 1] | dict(high_res=True)
 
 
 class Decoders(nn.Module):
     """D decoders as the groups of grouped transposed convolutions (Tables 4, 5, 7, 8).
 
-    widths: channels from code to image, e.g. 12, 9, 6, 3: 738 parameters a decoder with kernel 2.
-    The tables print no nonlinearity between the layers, and a sigmoid at the end, which gives
-    pixels; these are then standardized by `statistics`, with mean and std (c, 1, 1).
+    With widths 12, 9, 6, 3 and kernel 2, a decoder has 738 parameters. The tables print no
+    nonlinearity between the layers, and a sigmoid at the end, which gives pixels; these are then
+    standardized by mean and std (c, 1, 1).
     """
 
-    def __init__(self, count, widths, kernel, shape, statistics):
+    def __init__(self, count, args, shape, mean, std):
         super().__init__()
+        _, _, widths, kernel = layout(args, shape)
         self.count, self.shape = count, tuple(shape)
-        self.register_buffer("mean", statistics.mean, persistent=False)
-        self.register_buffer("std", statistics.std, persistent=False)
-        self.layers = nn.ModuleList()
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.layers = nn.Sequential()
         for inside, outside in zip(widths, widths[1:], strict=False):
-            sizes = dict(kernel_size=kernel, stride=2, padding=kernel // 2 - 1, groups=count)
-            layer = nn.ConvTranspose2d(count * inside, count * outside, **sizes)
-            self.layers.append(layer)
+            sizes = (count * inside, count * outside, kernel, 2, kernel // 2 - 1)
+            self.layers.append(nn.ConvTranspose2d(*sizes, groups=count))
 
     def forward(self, codes):
         """Codes (B, c', h', w') -> images (B, D, c, h, w), preprocessed."""
-        x = codes.repeat(1, self.count, 1, 1)
-        for layer in self.layers:
-            x = layer(x)
+        x = self.layers(codes.repeat(1, self.count, 1, 1))
         h, w = self.shape[1:]
         top, left = (x.shape[2] - h) // 2, (x.shape[3] - w) // 2  # sides were rounded up
         x = x[:, :, top : top + h, left : left + w].unflatten(1, (self.count, -1))
@@ -124,13 +124,14 @@ def start_factors(data, args, fixed=None):
     fixed: Decoders to keep; then the encoder alone is trained.
     """
     code, count, widths, kernel = layout(args, data.shape)
+    statistics = data.preprocess.mean, data.preprocess.std
     common.seed(args.seed, "auto-encoder")
-    layers = []
+    encoder = nn.Sequential()
     for inside, outside in zip(widths[:0:-1], widths[-2::-1], strict=True):
-        layers.append(nn.Conv2d(inside, outside, kernel, stride=2, padding=kernel // 2 - 1))
-    encoder = nn.Sequential(*layers).to(data.device)
-    decoder = fixed or Decoders(1, widths, kernel, data.shape, data.preprocess).to(data.device)
-    border = code[1] * 2 ** len(layers) - data.shape[1]
+        encoder.append(nn.Conv2d(inside, outside, kernel, stride=2, padding=kernel // 2 - 1))
+    encoder.to(data.device)
+    decoder = fixed or Decoders(1, args, data.shape, *statistics).to(data.device)
+    border = code[1] * 2 ** len(encoder) - data.shape[1]
     border = (border // 2, border - border // 2) * 2
 
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=0.01)
@@ -150,7 +151,7 @@ def start_factors(data, args, fixed=None):
         codes = codes.unflatten(0, (len(data.classes), -1))
         if fixed:
             return codes, fixed
-        decoders = Decoders(args.decoders, widths, kernel, data.shape, data.preprocess)
+        decoders = Decoders(args.decoders, args, data.shape, *statistics)
         common.seed(args.seed, "noise")
         for p, one in zip(decoders.parameters(), decoder.cpu().parameters(), strict=True):
             # axis 0 of a grouped layer: the inputs (weights) or outputs (biases) of all groups
@@ -163,8 +164,8 @@ def distill(data, args, path):
     """Condense `data` into codes and decoders -> content of the distilled file `path`."""
     if args.zca:
         raise common.UserError("the decoders give pixels, which --zca does not fit: leave it out")
-    fixed = load_decoders(args, data) if args.fixed_decoders else None
     real_means = load_real_means(data, args) if args.real_means else None
+    fixed = load_decoders(args, data) if args.fixed_decoders else None
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
     resumed = path.with_suffix(".ckpt").exists()  # then the checkpoint replaces the pre-training
     start = replace(args, pretrain=0) if resumed else args
@@ -174,12 +175,12 @@ def distill(data, args, path):
     groups += [{"params": list(decoders.parameters()), "lr": args.lr_decoders}]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.drops, gamma=0.2)
+    state = {"codes": codes, "decoders": decoders, "optimizer": optimizer, "schedule": schedule}
 
     def evaluate():
         decoded = images_of(codes.detach(), decoders)
-        return common.train_and_test(data, *decoded, protocol(), args)
+        return common.train_and_test(data, *decoded, protocol(vars(args)), args)
 
-    state = {"codes": codes, "decoders": decoders, "optimizer": optimizer, "schedule": schedule}
     run = common.Run(path, data, args, state, evaluate)
     for it in range(run.start, args.iterations):
         key = (args.seed, it)
@@ -232,13 +233,10 @@ def match_distribution(net, target, codes, decoders, args, *key):
     return gap.square().sum() / (2 * classes)
 
 
-@torch.no_grad()
 def class_means(net, data, images, labels):
     """Mean features of each class over images (n, c, h, w), labels (n,) -> (C, d)."""
-    sums, one_hot = 0, F.one_hot(labels, len(data.classes)).float()
-    for x, y in zip(images.split(512), one_hot.split(512), strict=True):
-        sums = sums + y.T @ net.features(x)
-    return sums / one_hot.sum(0)[:, None]
+    one_hot = F.one_hot(labels, len(data.classes)).float()
+    return one_hot.T @ common.features(net, images) / one_hot.sum(0)[:, None]
 
 
 def load_real_means(data, args):
@@ -251,45 +249,37 @@ def load_real_means(data, args):
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
     name = f"{data.name}_{data.preprocess.fingerprint}"
     folder = pathlib.Path(args.data_dir) / "real_means" / name
-    progress, found = common.Progress(args.real_means, "real means"), []
-    for k in range(args.real_means):
-        path = folder / f"network{k:05d}.pt"
-        if path.exists():
-            weights, means = common.load(path, "stored real means")
-            progress.skip(1)
-        else:
-            net.reset("real means", k)
-            weights = common.flatten(net)
-            means = class_means(net, data, data.train, data.train_labels)
-            common.save([weights.cpu(), means.cpu()], path)
-            progress.step()
-        found.append((weights.to(data.device), means.to(data.device)))
-    weights, means = zip(*found, strict=True)
-    return torch.stack(weights), torch.stack(means)
+    paths = [folder / f"network{k:05d}.pt" for k in range(args.real_means)]
+    missing = [path for path in paths if not path.exists()]
+    progress = common.Progress(len(missing), "real means")
+    for path in missing:
+        net.reset("real means", paths.index(path))
+        means = class_means(net, data, data.train, data.train_labels)
+        common.save([common.flatten(net).cpu(), means.cpu()], path)
+        progress.step()
+    stored = [common.load(path, "stored real means") for path in paths]
+    return [torch.stack(tensors).to(data.device) for tensors in zip(*stored, strict=True)]
 
 
 def open_factors(distilled, device="cpu"):
     """The codes (C, M, c', h', w') and Decoders of a distilled file."""
     args = Args(**distilled["settings"])
-    _, _, widths, kernel = layout(args, distilled["shape"])
-    statistics = SimpleNamespace(mean=distilled["mean"], std=distilled["std"])
-    decoders = Decoders(args.decoders, widths, kernel, distilled["shape"], statistics)
-    weights = {name: distilled[f"decoders.{name}"] for name in decoders.state_dict()}
-    decoders.load_state_dict(weights)
+    rest = distilled["shape"], distilled["mean"], distilled["std"]
+    decoders = Decoders(args.decoders, args, *rest)
+    decoders.load_state_dict({k: distilled[f"decoders.{k}"] for k in decoders.state_dict()})
     return distilled["codes"].to(device), decoders.to(device).requires_grad_(False)
 
 
 def load_decoders(args, data):
-    """The Decoders of args.fixed_decoders, for other classes of the same images (App. A)."""
-    path, names = args.fixed_decoders, ("high_res", "decoders")
+    """The Decoders of args.fixed_decoders, for other classes of a data set (App. A)."""
+    path, settings = args.fixed_decoders, vars(args)
     distilled = common.load(path, "a distilled file of kfs.py")
-    settings = distilled.get("settings", {})
-    same = all(settings.get(name) == getattr(args, name) for name in names)
-    if distilled.get("method") != "kfs" or tuple(distilled["shape"]) != data.shape or not same:
-        raise common.UserError(f"{path} is not a file of kfs.py with the same shape and {names}")
-    decoders = open_factors(distilled, data.device)[1]
-    decoders.mean, decoders.std = data.preprocess.mean, data.preprocess.std
-    return decoders
+    same = distilled.get("method") == "kfs" and distilled["dataset"] == data.name
+    for name in ("high_res", "decoders"):
+        same = same and distilled["settings"][name] == settings[name]
+    if not same:
+        raise common.UserError(f"{path} is no file of kfs.py with this data set and decoders")
+    return open_factors(distilled, data.device)[1]
 
 
 @torch.no_grad()
@@ -305,12 +295,15 @@ def decode(distilled, device="cpu"):
     return images_of(*open_factors(distilled, device))
 
 
-def protocol(settings=None, count=None):
+def protocol(settings, count=None):
     """Appendix A: 200 epochs, lr x 0.2 at 133 and 166 (App. B: batch 128 or 64; here 256).
 
-    The paper names no augmentation; its milestones are IDC's, so we take IDC's, without CutMix.
+    The paper names no augmentation; its milestones are IDC's, so the default is IDC's, too.
     """
-    return common.Protocol(augment=idc_augment, epochs=200, drops=(133 / 200, 166 / 200), decay=0.2)
+    steps = common.Protocol(epochs=200, drops=(133 / 200, 166 / 200), decay=0.2)
+    if settings["scoring"] == "dsa":
+        return steps
+    return replace(steps, augment=idc_augment, mix=cutmix)
 
 
 def idc_augment(images, flip, *key):
@@ -322,15 +315,33 @@ def idc_augment(images, flip, *key):
     return images
 
 
+def cutmix(images, labels, *key):
+    """IDC's CutMix: with p = 0.5, a box of a uniform share of the image comes from another one.
+
+    labels (n, C) are mixed in proportion to the box's area inside the image.
+    """
+    use, area, y, x = (common.hash_int(*key, name) / 2**63 for name in ("use", "area", "y", "x"))
+    if use < 0.5:
+        return images, labels
+    pixel = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]
+    rows = (pixel - y).abs() < area**0.5 / 2
+    columns = (pixel - x).abs() < area**0.5 / 2
+    box = rows[:, None] & columns
+    common.seed(*key, "partner")
+    other = torch.randperm(len(images), device=images.device)
+    share = box.float().mean()
+    return torch.where(box, images[other], images), labels.lerp(labels[other], share)
+
+
 def main():
     args = common.parse_args(Args, PRESETS)
     path = common.output_path("kfs", args)
     data = common.load_dataset(args)
     distilled = distill(data, args, path)
-    codes, decoders = open_factors(distilled, data.device)
-    pairs = decoders(codes[:, :2].flatten(0, 1)).flatten(0, 1)  # decoders across, two codes a class
-    common.save_grid(path.with_suffix(".png"), data, pairs, columns=decoders.count)
-    common.score(data, distilled, *decode(distilled, data.device), protocol(), args)
+    images, labels = decode(distilled, data.device)
+    shown = images[0].unflatten(0, (len(data.classes), -1, args.decoders))[:, :2]
+    common.save_grid(path.with_suffix(".png"), data, shown.flatten(0, 2), columns=args.decoders)
+    common.score(data, distilled, images, labels, protocol(vars(args)), args)
 
 
 if __name__ == "__main__":

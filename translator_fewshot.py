@@ -17,8 +17,10 @@ in S' steps. The result trains a fresh network like FRePo's. --mode is a column 
 
 No code of the authors is known. As the paper says, what it does not print follows FRePo's PyTorch
 branch: no norm, torch's initialization, ridge 1e-6, mirror images, the hinge on labels, AdamW in
-scoring, Adam with a cosine to 10 % on images and labels. Ours: constant rates for the translator.
-Losses are half the mean over real images; the paper's are sums.
+scoring, Adam with a cosine to 10 % on images and labels. Ours: half the mean over real images as
+the loss (the paper: a sum), a width of 64 and constant rates for G, the number of a subset's
+synthetic images (uniform), loss and batch of the auto-encoder; in Alg. 1 the number and rate of
+steps and batches of real images (the paper: all).
 """
 
 import math
@@ -33,8 +35,9 @@ from torch import nn
 
 import common
 
-TRANSLATED = ("adapted", "no-adaptation", "scratch", "autoencoder")
-MODES = TRANSLATED + ("one-net", "bilevel", "baseline", "pretrain")
+ADAPTED = ("adapted", "scratch", "autoencoder")
+TRANSLATED = ADAPTED + ("no-adaptation", "pretrain")
+MODES = TRANSLATED + ("one-net", "bilevel", "baseline")
 
 
 @dataclass
@@ -75,12 +78,6 @@ class Args(common.Args):
     batch: int = 4
     # real images in a step
     batch_real: int = 1024
-    # ridge, in units of trace(K_ss) / n
-    ridge: float = 1e-6
-    # use mirror images of the synthetic images as well
-    mirror: bool = True
-    # weight of the hinge on the labels' margin
-    weight_margin: float = 1.0
     # auto-encoder: steps, Adam 1e-3
     ae_steps: int = 2000
     # bi-level: steps of Alg. 1
@@ -94,28 +91,25 @@ class Args(common.Args):
 PRESETS = {
     ("cifar10", 1): {},
     ("mnist", 1): dict(zca=False),
-    ("glyphs", 1): dict(
-        zca=False, iterations=200, lr=0.01, adapt_steps=60, batch_real=256, ae_steps=200
-    ),
+    ("glyphs", 1): dict(zca=False, iterations=200, lr=0.01, adapt_steps=60, lr_adapt=1e-3)
+    | dict(batch_real=256, ae_steps=200, outer_steps=10, inner_steps=4, runs=3, epochs=300),
 }
-PRESETS["glyphs", 1] |= dict(outer_steps=10, inner_steps=4, lr_adapt=1e-3, runs=3, epochs=300)
 
 
 class Translator(nn.Module):
-    """G: 3 blocks of conv 3x3, batch norm, ReLU, then a conv to the image; width 64 is our choice.
+    """G: 3 blocks of conv 3x3, batch norm, ReLU, then a conv to the image, for all sizes.
 
-    Fully convolutional: the same weights serve all sizes. Batch norm takes the statistics of the
-    set at hand. Labels pass unchanged. A gray image enters as three equal channels.
+    Batch norm takes the statistics of the set at hand. Labels pass unchanged. A gray image enters
+    as three equal channels.
     """
 
-    def __init__(self, width=64):
+    def __init__(self):
         super().__init__()
-        layers, channels = [], 3
-        for _ in range(3):
-            norm = nn.BatchNorm2d(width, track_running_stats=False)
-            layers += [nn.Conv2d(channels, width, 3, padding=1), norm, nn.ReLU()]
-            channels = width
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
+        layers = []
+        for channels in (3, 64, 64):
+            norm = nn.BatchNorm2d(64, track_running_stats=False)
+            layers += [nn.Conv2d(channels, 64, 3, padding=1), norm, nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(64, 3, 3, padding=1))
 
     def forward(self, images):
         translated = self.layers(images.expand(-1, 3, -1, -1))
@@ -123,221 +117,185 @@ class Translator(nn.Module):
 
 
 def build_network(data):
-    """FRePo's ConvNet with the parameters theta, arbitrary but fixed, the same on all devices."""
+    """Build FRePo's ConvNet with parameters theta, arbitrary but fixed, equal on all devices."""
     net = common.ConvNet(data.shape, len(data.classes), norm=False, double=True)
     return net.requires_grad_(False).reset("theta").to(data.device)
 
 
-def enlarge(images, side):
-    """Enlarge images stored at half the side (Ours-DS)."""
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, (side, side), mode="bilinear")
+def nfr(net, images, labels, target, target_labels, data):
+    """Compute Eq. 2 for synthetic images, features (m, d) and labels (m, C) of real ones."""
+    images = F.interpolate(images, data.shape[1:], mode="bilinear")  # Ours-DS: from half the side
+    if data.flip:  # as in FRePo, with mirror images
+        images = torch.cat([images, images.flip(3)])
+        labels = labels.repeat(2, 1)
+    return common.nfr_loss(net.features(images), labels, target, target_labels)
 
 
-def nfr(net, images, labels, target, target_labels, data, args):
-    """Eq. 2 for synthetic images and the features `target` (m, d) of real ones."""
-    images = enlarge(images, data.shape[-1])
-    if args.mirror and data.flip:
-        images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2, 1)
-    return common.nfr_loss(net.features(images), labels, target, target_labels, args.ridge)
+def random_network_loss(net, images, labels, data, args, *key):
+    """Compute Eq. 2 in a random network theta' (Alg. 1, lines 10 to 12; Alg. 2, 12 to 14)."""
+    net.reset(*key)
+    real, real_labels = data.batch(args.batch_real, *key, "real")
+    target = common.features(net, real)
+    target_labels = common.center_labels(real_labels, len(data.classes))
+    return nfr(net, images, labels, target, target_labels, data)
 
 
-def start_synthetic(data, per_class, args, *key):
-    """Alg. 2, line 4: random real images and centered labels."""
-    images, labels = data.sample(per_class * (4 if args.down_sample else 1), *key)
-    images = F.avg_pool2d(images, 2) if args.down_sample else images
+def start_synthetic(data, args, *key):
+    """Start from random real images and centered labels (Alg. 1, line 3; Alg. 2, line 4)."""
+    images, numbers = data.sample(args.ipc * (4 if args.down_sample else 1), *key)
+    if args.down_sample:
+        images = F.avg_pool2d(images, 2)
     classes = len(data.classes)
-    return images, common.center_labels(labels, classes, math.sqrt(classes / 10))
+    labels = common.center_labels(numbers, classes, math.sqrt(classes / 10))
+    return images.requires_grad_(), labels.requires_grad_()
 
 
-# ------------------------------------------------------------ distillation in one network
-
-
-def distill_in_one_network(net, images, labels, target, target_labels, data, args, path=None):
-    """Alg. 2, lines 5 to 10 -> images, labels, common.Run or None.
-
-    target, target_labels: features (m, d) of the real set, computed once, and its labels (m, C);
-    target None is the baseline: a new network and a real batch in each step. path: of the
-    distilled file, for checkpoints; None: without.
-    """
-    images, labels = images.clone().requires_grad_(), labels.clone().requires_grad_()
+def distill_in_one_network(theta, data, args, path):
+    """Distill `data` in theta (Alg. 2, lines 4 to 10) -> images, labels, common.Run."""
+    images, labels = start_synthetic(data, args, args.seed, "start")
+    target = common.features(theta, data.train)  # line 5
+    target_labels = common.center_labels(data.train_labels, len(data.classes))
     optimizer = torch.optim.Adam([images, labels], lr=args.lr)
     decay = partial(common.cosine, steps=args.iterations)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     state = {"images": images, "labels": labels, "optimizer": optimizer, "schedule": schedule}
-    run = common.Run(path, data, args, state) if path else None
-    for t in range(run.start if run else 0, args.iterations):
-        x, y = target, target_labels
-        if target is None:
-            net.reset(args.seed, t)
-            real, y = data.batch(args.batch_real, args.seed, t, "real")
-            x, y = common.features(net, real), common.center_labels(y, len(data.classes))
-        loss = nfr(net, images, labels, x, y, data, args)  # line 7
+
+    run = common.Run(path, data, args, state)
+    for t in range(run.start, args.iterations):
+        if args.mode == "baseline":  # a new network and a real batch in each step
+            loss = random_network_loss(theta, images, labels, data, args, args.seed, t)
+        else:
+            loss = nfr(theta, images, labels, target, target_labels, data)  # line 7
         optimizer.zero_grad()
-        (loss + args.weight_margin * common.margin_loss(labels)).backward()
+        (loss + common.margin_loss(labels)).backward()
         optimizer.step()  # lines 8, 9
         schedule.step()
-        if run:
-            run.step(t, loss)
+        run.step(t, loss)
     return images.detach(), labels.detach(), run
 
 
-def cached_subset(data, net, n, args):
-    """Subset n of a large data set, distilled in theta (Sec. 4.1), cached in a file.
-
-    -> {"images", "labels": distilled, "real" (classes, k): indices of its real images}. The count
-    of synthetic images is uniform up to I_max, a choice of ours.
-    """
-    names = ("min_classes", "max_classes", "max_images", "max_synthetic", "iterations", "lr")
-    names += ("seed", "ridge", "mirror", "weight_margin")
-    settings = [getattr(args, name) for name in names]
-    tag = f"{common.hash_int(data.preprocess.fingerprint, settings):016x}"
-    path = pathlib.Path(args.data_dir) / "subsets" / f"{data.name}_{tag}" / f"{n:05d}.pt"
-    if path.exists():
-        return common.load(path, "a cached subset")
+def cached_subset(data, n, args):
+    """Choose, distill and cache subset n of `data` (Sec. 4.1) -> Dataset, images, labels."""
     common.seed(args.seed, "subset", n)
-    low, high = (min(size, len(data.classes)) for size in (args.min_classes, args.max_classes))
-    count = torch.randint(min(low, high), high + 1, ()).item()
-    chosen = torch.randperm(len(data.classes))[:count].to(data.device)
+    most = min(args.max_classes, len(data.classes))
+    count = torch.randint(min(args.min_classes, most), most + 1, ()).item()
+    chosen = torch.randperm(len(data.classes))[:count]  # Alg. 2, line 3
     k = max(1, min(args.max_images // count, data.smallest_class))
     ipc = torch.randint(1, max(1, min(args.max_synthetic // count, k)) + 1, ()).item()
-    index = data.draw(data.indices_by_class[chosen], k)
-    real, numbers = data.train[index.flatten()], torch.arange(count, device=data.device)
-    # DSA "to mimic larger data sets": each image once more, transformed
-    parts = [common.dsa(x, data.flip, args.seed, n, i) for i, x in enumerate(real.split(128))]
-    target = common.features(net, torch.cat([real, *parts]))
-    target_labels = common.center_labels(numbers.repeat_interleave(k).repeat(2), count)
-    labels = common.center_labels(numbers.repeat_interleave(ipc), count, math.sqrt(count / 10))
-    images = data.train[index[:, :ipc].flatten()]
-    pair = distill_in_one_network(net, images, labels, target, target_labels, data, args)[:2]
-    subset = {"images": pair[0], "labels": pair[1], "real": index}
-    subset = {name: tensor.cpu() for name, tensor in subset.items()}
-    common.save(subset, path)
-    return subset
+    index = data.draw(data.indices_by_class[chosen.to(data.device)], k).flatten()
+    classes = [data.classes[c] for c in chosen]
+    labels = torch.arange(count, device=data.device).repeat_interleave(k)
+    subset = replace(data, classes=classes, train=data.train[index], train_labels=labels)
+
+    key = (data.preprocess.fingerprint, index.tolist(), ipc, args.iterations, args.lr, args.seed)
+    path = pathlib.Path(args.data_dir) / "subsets" / data.name / f"{common.hash_int(*key):016x}.pt"
+    if not path.exists():
+        # DSA "to mimic the cases of larger datasets": each image once more, transformed
+        parts = enumerate(subset.train.split(128))
+        copies = [common.dsa(x, data.flip, args.seed, n, i) for i, x in parts]
+        train = torch.cat([subset.train, *copies])
+        larger = replace(subset, train=train, train_labels=labels.repeat(2))
+        larger.indices_by_class = subset.indices_by_class  # X_S starts without DSA
+
+        args = replace(args, ipc=ipc, down_sample=False)
+        images, labels, run = distill_in_one_network(build_network(data), larger, args, path)
+        common.save([images.cpu(), labels.cpu()], path)
+        run.path.unlink(missing_ok=True)  # the checkpoint is three times as large
+
+    images, labels = common.load(path, "a cached subset")
+    return subset, images.to(data.device), labels.to(data.device)
 
 
-# ------------------------------------------------------------ training a translator
+def adaptation_loss(translator, net, images, labels, data, args, i):
+    """Compute Alg. 2, lines 11 to 14, on the target set."""
+    images = translator(images)
+    return random_network_loss(net, images, labels, data, args, args.seed, "adapt", i)
 
 
-def train_translator(translator, data, args, path, steps, lr, loss_of, batch=1):
-    """Adam on the mean of loss_of(step, b) over b < batch, then write the translator -> seconds.
+def pretraining_loss(translator, net, data, args, i):
+    """Compute Alg. 2, lines 11 to 14, on a cached subset, in a theta' of its own."""
+    key = (args.seed, "pretrain", i)
+    subset, images, labels = cached_subset(data, common.hash_int(*key) % args.subsets, args)
+    return random_network_loss(net, translator(images), labels, subset, args, *key)
 
-    Pre-training, adaptation and auto-encoder differ in the loss alone.
+
+def reconstruction_loss(translator, data, args, i):
+    """Compute the error of real images translated to themselves (Table 3, w AE)."""
+    images, _ = data.batch(128, args.seed, "auto-encoder", i)
+    return F.mse_loss(translator(images), images)
+
+
+def bilevel_loss(theta, net, data, args, i, alpha=2.0):
+    """Compute Alg. 1, lines 3 to 12: T steps in theta, then Eq. 2 in a random network.
+
+    One graph holds all steps, so memory grows with T, as in the paper. alpha: 2 on half the mean
+    over 1,024 images is the paper's 1e-3 on the sum of squares.
     """
-    optimizer = torch.optim.Adam(translator.parameters(), lr=lr)
-    state = {"translator": translator, "optimizer": optimizer}
+    key = (args.seed, "space", i)
+    images, labels = start_synthetic(data, args, *key, "start")  # line 3
+    real, real_labels = data.batch(args.batch_real, *key, "real")
+    target = theta.features(real)  # line 4
+    target_labels = common.center_labels(real_labels, len(data.classes))
+    for _ in range(args.inner_steps):
+        loss = nfr(theta, images, labels, target, target_labels, data)  # line 6
+        slopes = torch.autograd.grad(loss, (images, labels), create_graph=True)
+        images = images - alpha * slopes[0]  # line 7
+        labels = labels - alpha * slopes[1]  # line 8
+    return random_network_loss(net, images, labels, data, args, *key)
+
+
+def train(module, loss_of, steps, lr, data, args, path, batch=1):
+    """Train by Adam, each step on the mean of `batch` losses, and write `path` -> seconds.
+
+    Pre-training, auto-encoder, adaptation and Alg. 1 differ in loss_of(i) alone; i counts losses.
+    """
+    module.requires_grad_(True)
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+    state = {"module": module, "optimizer": optimizer}
     run = common.Run(path, data, replace(args, iterations=steps), state)
+
     for step in range(run.start, steps):
         optimizer.zero_grad()
         total = 0
         for b in range(batch):
-            loss = loss_of(step, b) / batch
+            loss = loss_of(step * batch + b) / batch
             loss.backward()
             total = total + loss.detach()
-        optimizer.step()  # line 15
+        optimizer.step()  # Alg. 1, line 13; Alg. 2, line 15
         run.step(step, total)
-    content = {"weights": translator.state_dict(), "preprocess": data.preprocess.kind}
+    module.requires_grad_(False)
+    content = {"weights": module.state_dict(), "preprocess": data.preprocess.kind}
     common.save(content | {"dataset": data.name}, path)
     print(f"wrote {path}")
     return run.seconds
 
 
-def translation_loss(translator, net, images, labels, real, real_labels, data, args, *key):
-    """Alg. 2, lines 11 to 14: Eq. 2 for translated images in a new random network."""
-    net.reset(*key)  # line 12
-    truth = common.center_labels(real_labels, labels.shape[1])
-    return nfr(net, translator(images), labels, common.features(net, real), truth, data, args)
+def build_translator(data, args):
+    """Build a new translator or load --translator; the identity for modes without one."""
+    if args.mode not in TRANSLATED:
+        return nn.Identity()
+    common.seed(args.seed, "translator")
+    translator = Translator().to(data.device)
+    if args.mode in ("adapted", "no-adaptation"):
+        stored = common.load(args.translator, "a translator (--translator, see --mode pretrain)")
+        names = stored.get("weights", {}).keys()
+        if names != translator.state_dict().keys() or stored["preprocess"] != data.preprocess.kind:
+            raise common.UserError(f"{args.translator} is no translator for {data.preprocess.kind}")
+        translator.load_state_dict(stored["weights"])
+    return translator
 
 
-def adaptation_loss(translator, net, images, labels, data, args, step, b=0):
-    """Alg. 2, lines 11 to 14, on a batch of the target set."""
-    key = (args.seed, "adapt", step)
-    real = data.batch(args.batch_real, *key, "real")
-    return translation_loss(translator, net, images, labels, *real, data, args, *key)
+def pretrain(data, args):
+    """Pre-train a translator on the many classes of `data` (Alg. 2) -> args.out/translator.pt."""
+    progress = common.Progress(args.subsets, "subsets")
+    for n in range(args.subsets):
+        cached_subset(data, n, args)
+        progress.step()
 
-
-def pretraining_loss(translator, net, theta, data, args, step, b=0):
-    """Alg. 2, lines 11 to 14, on one of the B cached subsets of a step, in a theta' of its own."""
-    key = (args.seed, "pretrain", step, b)
-    subset = cached_subset(data, theta, common.hash_int(*key) % args.subsets, args)
-    subset = {name: tensor.to(data.device) for name, tensor in subset.items()}
-    common.seed(*key, "real")
-    index = torch.randint(subset["real"].numel(), (args.batch_real,), device=data.device)
-    real = data.train[subset["real"].flatten()[index]]
-    numbers = index // subset["real"].shape[1]
-    pair = subset["images"], subset["labels"]
-    return translation_loss(translator, net, *pair, real, numbers, data, args, *key)
-
-
-def reconstruction_loss(translator, data, args, step, b=0):
-    """The auto-encoder of Table 3: real images are translated to themselves. Set, loss, steps, rate
-    and batch are ours."""
-    images, _ = data.batch(128, args.seed, "auto-encoder", step)
-    return F.mse_loss(translator(images), images)
-
-
-# ------------------------------------------------------------ the bi-level ablation
-
-
-def learn_space(net, data, args, path):
-    """Alg. 1: turn `net` into a distillation space, in place -> seconds.
-
-    Steps, rate and batches of real images (the paper: all) are ours.
-    """
-    judge = build_network(data)
-    optimizer = torch.optim.Adam(net.blocks.parameters(), lr=args.lr_adapt)
-    state = {"net": net, "optimizer": optimizer}
-    run = common.Run(path, data, replace(args, iterations=args.outer_steps), state)
-    for i in range(run.start, args.outer_steps):
-        key = (args.seed, "space", i)
-        images, labels = start_synthetic(data, args.ipc, args, *key, "start")  # line 3
-        real = data.batch(args.batch_real, *key, "real")
-        judge.reset(*key, "judge")  # line 10
-        optimizer.zero_grad()
-        loss = bilevel_gradient(net, judge, images, labels, *real, data, args)
-        optimizer.step()  # line 13
-        run.step(i, loss)
-    return run.seconds
-
-
-def bilevel_gradient(net, judge, images, labels, real, real_labels, data, args, lr=2.0):
-    """Alg. 1, lines 4 to 13 -> loss; its gradient is added to the parameters of `net`.
-
-    T steps of gradient descent on images and labels in `net`, judged in `judge`; lr 2 on half the
-    mean over 1,024 images is the paper's 1e-3 on the sum of squares. As in common.match_trajectory
-    the steps are gone through backwards one at a time, so memory does not grow with T.
-    """
-    net.requires_grad_(True)
-    truth = common.center_labels(real_labels, len(data.classes))
-    real_features = net.features(real)  # line 4
-    target = real_features.detach().requires_grad_()
-
-    def gradient(x, y, create_graph):
-        loss = nfr(net, x, y, target, truth, data, args)
-        return torch.autograd.grad(loss, (x, y), create_graph=create_graph)
-
-    tape = []
-    for _ in range(args.inner_steps):  # lines 5 to 8
-        leaves = images.detach().requires_grad_(), labels.detach().requires_grad_()
-        tape.append(leaves)
-        dx, dy = gradient(*leaves, create_graph=False)
-        images, labels = leaves[0].detach() - lr * dx, leaves[1].detach() - lr * dy
-    images.requires_grad_()
-    labels.requires_grad_()
-    judged = common.features(judge, real)  # line 11
-    loss = nfr(judge, images, labels, judged, truth, data, args)  # line 12
-    adjoints = torch.autograd.grad(loss, (images, labels))
-    for x, y in reversed(tape):
-        dx, dy = gradient(x, y, create_graph=True)
-        (-lr * ((dx * adjoints[0]).sum() + (dy * adjoints[1]).sum())).backward()
-        adjoints = adjoints[0] + x.grad, adjoints[1] + y.grad
-    real_features.backward(target.grad)
-    net.requires_grad_(False)
-    return loss.detach()
-
-
-# ------------------------------------------------------------ distill, pre-train, decode
+    translator = build_translator(data, args)
+    loss_of = partial(pretraining_loss, translator, build_network(data), data, args)
+    path = pathlib.Path(args.out) / "translator.pt"
+    train(translator, loss_of, args.pretrain_steps, args.lr_pretrain, data, args, path, args.batch)
 
 
 def distill(data, args, path):
@@ -346,68 +304,36 @@ def distill(data, args, path):
     An adapted translator is written beside it, for other budgets (Fig. 4c).
     """
     theta = build_network(data)
-    translator, seconds = None, 0
-    if args.mode in TRANSLATED:
-        translator, seconds = start_translator(data, args, path)
-    if args.mode not in ("adapted", "scratch", "autoencoder"):  # 4k for all (Sec. 4.3)
-        args = replace(args, iterations=args.iterations + args.adapt_steps)
+    net = build_network(data)  # theta', drawn anew in each use
+    translator = build_translator(data, args)
+    seconds = 0
+    if args.mode == "autoencoder":
+        loss_of = partial(reconstruction_loss, translator, data, args)
+        file = path.with_name(f"{path.stem}_encoder.pt")
+        seconds += train(translator, loss_of, args.ae_steps, 1e-3, data, args, file)
     if args.mode == "bilevel":
-        seconds = learn_space(theta, data, args, path.with_name(f"{path.stem}_space.pt"))
-    target, target_labels = None, None
-    if args.mode != "baseline":
-        target = common.features(theta, data.train)  # line 5
-        target_labels = common.center_labels(data.train_labels, len(data.classes))
-    images, labels = start_synthetic(data, args.ipc, args, args.seed, "start")
-    images, labels, run = distill_in_one_network(
-        theta, images, labels, target, target_labels, data, args, path
-    )
-    if args.mode in TRANSLATED and args.mode != "no-adaptation":
-        network = build_network(data)
-        loss_of = partial(adaptation_loss, translator, network, images, labels, data, args)
-        adapted = path.with_name(f"{path.stem}_adapted.pt")
-        rest = (args.adapt_steps, args.lr_adapt, loss_of)
-        seconds += train_translator(translator, data, args, adapted, *rest)
-    if translator:
-        with torch.no_grad():
-            images = translator(images)
+        loss_of = partial(bilevel_loss, theta, net, data, args)
+        file = path.with_name(f"{path.stem}_space.pt")
+        seconds += train(theta, loss_of, args.outer_steps, args.lr_adapt, data, args, file)
+
+    if args.mode not in ADAPTED:  # 4k steps for all (Sec. 4.3)
+        args = replace(args, iterations=args.iterations + args.adapt_steps)
+    images, labels, run = distill_in_one_network(theta, data, args, path)
+
+    if args.mode in ADAPTED:
+        loss_of = partial(adaptation_loss, translator, net, images, labels, data, args)
+        file = path.with_name(f"{path.stem}_adapted.pt")
+        seconds += train(translator, loss_of, args.adapt_steps, args.lr_adapt, data, args, file)
+    with torch.no_grad():
+        images = translator(images)
     run.seconds += seconds
     return common.save_distilled(path, data, args, {"images": images, "labels": labels}, run)
 
 
-def start_translator(data, args, path):
-    """The translator before adaptation, and seconds. Raises UserError if the mode needs a file."""
-    common.seed(args.seed, "translator")
-    translator, seconds = Translator().to(data.device), 0
-    if args.mode == "autoencoder":
-        loss_of = partial(reconstruction_loss, translator, data, args)
-        file = path.with_name(f"{path.stem}_encoder.pt")
-        seconds = train_translator(translator, data, args, file, args.ae_steps, 1e-3, loss_of)
-    elif args.mode in ("adapted", "no-adaptation"):
-        stored = common.load(args.translator, "a translator (--translator, see --mode pretrain)")
-        if "weights" not in stored or stored["preprocess"] != data.preprocess.kind:
-            raise common.UserError(f"{args.translator} is no translator for {data.preprocess.kind}")
-        translator.load_state_dict(stored["weights"])
-    return translator, seconds
-
-
-def pretrain(data, args):
-    """Pre-train a translator on the many classes of `data` (Alg. 2) -> args.out/translator.pt."""
-    path = pathlib.Path(args.out) / "translator.pt"
-    theta = build_network(data)
-    progress = common.Progress(args.subsets, "subsets")
-    for n in range(args.subsets):
-        cached_subset(data, theta, n, args)
-        progress.step()
-    translator, _ = start_translator(data, args, path)
-    loss_of = partial(pretraining_loss, translator, build_network(data), theta, data, args)
-    rest = (args.pretrain_steps, args.lr_pretrain, loss_of, args.batch)
-    train_translator(translator, data, args, path, *rest)
-
-
 def decode(distilled, device="cpu"):
     """The images of a distilled file (1, n, c, h, w) and their soft labels (n, C)."""
-    images = enlarge(distilled["images"].to(device), distilled["shape"][-1])
-    return images[None], distilled["labels"].to(device)
+    images = F.interpolate(distilled["images"], distilled["shape"][1:], mode="bilinear")
+    return images[None].to(device), distilled["labels"].to(device)
 
 
 def protocol(settings, count):
@@ -425,9 +351,7 @@ def main():
         return pretrain(data, args)
     distilled = distill(data, args, path)
     images, labels = decode(distilled, data.device)
-    common.save_grid(
-        path.with_suffix(".png"), data, images[0], columns=min(len(labels) // len(data.classes), 10)
-    )
+    common.save_grid(path.with_suffix(".png"), data, images[0], columns=10)
     common.score(data, distilled, images, labels, protocol(None, len(labels)), args)
 
 

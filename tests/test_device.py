@@ -81,7 +81,7 @@ def data(mode, monkeypatch):
     parameters = common.flatten(common.ConvNet(SHAPE, 3)).numel()
     experts = torch.empty(2, 3, parameters, device=META)
     monkeypatch.setattr(common, "load_experts", lambda *_: experts)
-    decoders = kfs.Decoders(4, (12, 9, 6, 3), 2, SHAPE, preprocess).to(META)
+    decoders = kfs.Decoders(4, kfs.Args(), SHAPE, mean, mean).to(META)
     factors = torch.empty(3, 5, 12, 2, 2, device=META), decoders
     monkeypatch.setattr(kfs, "start_factors", lambda *_: factors)
     return data

@@ -155,11 +155,9 @@ def decode_alone(decoders, codes, d):
 def test_layout(shape, ipc, high_res, code, codes, parameters, data):
     """Both readings of the storage; grouped layers equal separate modules."""
     args = kfs.Args(ipc=ipc, high_res=high_res)
-    *found, widths, kernel = kfs.layout(args, shape)
-    assert found == [code, codes]
+    assert kfs.layout(args, shape)[:2] == (code, codes)
     assert 0 <= ipc * math.prod(shape) - codes * math.prod(code) < math.prod(code)
-    statistics = common.Preprocess("", "", torch.rand(shape[0], 1, 1), torch.rand(shape[0], 1, 1))
-    decoders = kfs.Decoders(2, widths, kernel, shape, statistics)
+    decoders = kfs.Decoders(2, args, shape, *torch.rand(2, shape[0], 1, 1))
     assert sum(p.numel() for p in decoders.parameters()) == 2 * parameters
     codes = torch.randn(2, *code)
     expected = torch.stack([decode_alone(decoders, codes, d) for d in range(2)], 1)
@@ -235,7 +233,7 @@ def test_idc_augmentation(data, monkeypatch):
     for key in range(40):
         calls.clear()
         flip, expected = key % 4 > 0, data.train
-        images = kfs.protocol().augment(data.train, flip, "idc", key)
+        images = kfs.protocol({"scoring": "idc"}).augment(data.train, flip, "idc", key)
         *first, third = [name for _, name, _ in calls]
         assert first == ["color", "flip"][: 1 + flip]
         last.append(third)
@@ -244,6 +242,26 @@ def test_idc_augmentation(data, monkeypatch):
             expected = transform(expected, name, u)
         assert torch.equal(images, expected)
     assert all(last.count(name) > 6 for name in ("crop", "scale", "rotate"))
+
+
+def test_cutmix(data):
+    """In half of the batches a box comes from another image, labels by its share of the area."""
+    images, labels, shares = data.train, F.one_hot(data.train_labels, 3).double(), []
+    for key in range(80):
+        mixed, soft = kfs.cutmix(images, labels, "cutmix", key)
+        box = (mixed != images).any(1).any(0)
+        assert torch.equal(box, box.any(1)[:, None] & box.any(0))
+        shares.append(box.double().mean().item())
+        if box.any():
+            partner = find(mixed[..., box][..., None], images[..., box][..., None])
+            assert len(partner.unique()) == len(images)
+            labels_of_both = (1 - shares[-1]) * labels + shares[-1] * labels[partner]
+            assert torch.equal(mixed[..., ~box], images[..., ~box])
+            assert relative(soft, labels_of_both) < 1e-6
+        else:
+            assert torch.equal(soft, labels)
+    assert 30 <= sum(share == 0 for share in shares) <= 55 and max(shares) > 0.7
+    assert kfs.protocol({"scoring": "dsa"}).mix is None and kfs.protocol(vars(kfs.Args())).mix
 
 
 def test_lamb(data):
