@@ -1,12 +1,11 @@
 """What the methods share: data, DSA, the ConvNet, trajectories, ridge regression, scoring, files.
 
-Images are (n, c, h, w). "Pixels" are uint8, or floats in [0, 1]; "images" are network inputs:
+Images are (n, c, h, w). "Pixels" are uint8; "images" are network inputs, that is pixels
 standardized per channel or ZCA-whitened. Before each draw the generators are seeded by a key such
 as (seed, iteration, "real"), so a resumed run draws the same numbers.
 """
 
 import argparse
-import contextlib
 import difflib
 import hashlib
 import inspect
@@ -22,8 +21,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import cached_property, partial
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 # ------------------------------------------------------------ settings and command line
 
@@ -42,23 +43,26 @@ class UserError(Exception):
 
 @dataclass
 class Args:
-    """Settings of every method. The comment above a field is its help text."""
+    """Settings of every method. The comment above a field is its help text.
+
+    An integer may be 0 if its comment has "0:".
+    """
 
     # glyphs (drawn here), cifar10, cifar100, svhn, mnist, fashionmnist, or a folder of images
     dataset: str = "glyphs"
     # folder of data sets, experts and caches
     data_dir: str = "data"
-    # resize a folder's images to squares of this side; 0: keep
+    # resize the images to squares of this side; 0: keep
     size: int = 0
     # whiten the images
     zca: bool = False
-    # seed of all random numbers
+    # seed of all random numbers; 0: not in the names of files
     seed: int = 0
-    # auto, cpu or cuda
-    device: str = "auto"
+    # auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     # folder for the distilled file, its picture, the checkpoint and results.jsonl
     out: str = "out"
-    # iterations of the distillation
+    # iterations of the distillation; 0: none
     iterations: int = 1000
     # networks trained for the score
     runs: int = 5
@@ -68,7 +72,6 @@ class Args:
     eval_every: int = 0
 
     whitening = "zca"  # the kind of Preprocess
-    may_be_zero = ("iterations",)  # counts that may be 0 although their default is not
 
     @property
     def per_class(self):
@@ -76,52 +79,50 @@ class Args:
         return self.bpc if hasattr(self, "bpc") else self.ipc
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 def parse_args(cls, presets, argv=None):
     """Make flags from the dataclass `cls`. A flag beats a preset, a preset beats the default.
 
-    presets: {(data set, images a class): settings}, or {objective: presets}. A budget without one
-    takes the nearest in ratio; a data set without one takes CIFAR-10's, but for `zca`.
+    presets: {(data set, images a class): settings}, or {objective: presets}. The budget nearest in
+    ratio counts; a data set without presets takes CIFAR-10's, but for `zca`.
     """
-    description = inspect.getmodule(cls).__doc__.partition("\n")[0]
-    parser = Parser(description=description, allow_abbrev=False, usage="%(prog)s [--flag value]")
+    title = inspect.getmodule(cls).__doc__.partition("\n")[0]
+    options = {"usage": "%(prog)s [--flag value]", "allow_abbrev": False, "exit_on_error": False}
+    parser = argparse.ArgumentParser(description=title, **options)
+    # one flag a field, with the comment above it as help
     source = "".join(inspect.getsource(base) for base in cls.__mro__[-2::-1])
-    helps = {name: text for text, name in re.findall(r"# (.*)\n +(\w+): ", source)}
-    flags = {"--" + name.replace("_", "-"): text for name, text in helps.items()}
-    kinds = {field.name: field.type for field in fields(cls)}
-    for (flag, text), name in zip(flags.items(), helps, strict=True):
-        choices, several = get_args(kinds[name]), kinds[name] is tuple
-        options = {"type": int if several else kinds[name], "nargs": "*" if several else None}
-        if choices:
-            options = {"type": type(choices[0]), "choices": choices}
-        if kinds[name] is bool:
+    comments = re.findall(r"# (.*)\n +(\w+): ", source)
+    flags = {"--" + name.replace("_", "-"): text for text, name in comments}
+    for (flag, text), field in zip(flags.items(), fields(cls), strict=True):
+        options = {"type": type(field.default), "choices": get_args(field.type) or None}
+        if field.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        text = f"{text} [{getattr(cls, name)}]"
+        if field.type is tuple:
+            options = {"type": int, "nargs": "*"}
+        text = f"{text} [{field.default}]"
         parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
-    known, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        near = difflib.get_close_matches(word, flags, 1, 0.7)
-        hint = f"did you mean {near[0]} ({flags[near[0]]})?" if near else "see --help"
-        raise UserError(f"unknown argument {word}: {hint}")
-    given = vars(known)
-    for name, value in given.items():
-        counted = kinds[name] is int and name not in cls.may_be_zero
-        least = 1 if counted and getattr(cls, name) > 0 else 0
-        if isinstance(value, int | float) and not least <= value <= 1e30:
-            raise UserError(f"--{name.replace('_', '-')} {value}: use {least} or more")
 
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], flags, n=1)
+        hint = "".join(f", or {flag} ({flags[flag]})" for flag in near)
+        raise UserError(f"unknown argument {unknown[0]}: see --help{hint}")
+    given = vars(known)
     args = cls(**given)
-    name = pathlib.Path(args.dataset).name
+    for (flag, text), field in zip(flags.items(), fields(cls), strict=True):
+        value = getattr(args, field.name)
+        least = int(field.type is int and "0:" not in text)
+        if field.type in (int, float) and not least <= value < math.inf:
+            raise UserError(f"{flag} {value}: use {least} or more")
+
+    # the preset of this data set, or of CIFAR-10, with the nearest budget
     presets = presets.get(getattr(args, "objective", None), presets)
-    own = any(dataset == name for dataset, _ in presets)
-    rows = [key for key in presets if key[0] == (name if own else "cifar10")]
-    preset = dict(presets[min(rows, key=lambda key: abs(math.log(args.per_class / key[1])))])
+    name = pathlib.Path(args.dataset).name
+    own = [key for key in presets if key[0] == name]
+    similar = own or [key for key in presets if key[0] == "cifar10"]
+    nearest = min(similar, key=lambda key: abs(math.log(args.per_class / key[1])))
+    preset = presets[nearest]
     if not own:
-        preset.pop("zca", None)
+        preset = preset | {"zca": cls.zca}
     args = cls(**(preset | given))
     print(json.dumps(asdict(args)), flush=True)
     return args
@@ -131,14 +132,14 @@ def run(main):
     """Call main(). Invalid input ends with one line and status 2, Ctrl-C with status 130."""
     try:
         return main()
-    except UserError as error:
-        message, status = error, 2
     except KeyboardInterrupt as stop:
-        message, status = str(stop) or "stopped: the same command continues", 130
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        message = str(stop) or "stopped: the same command continues"
+        status = 130
+    except (UserError, argparse.ArgumentError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        message, status = "out of memory: use fewer images a class", 2
+        message = str(error).partition("\n")[0]
+        status = 2
     print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -202,8 +203,8 @@ class Dataset:
 
     def sample(self, per_class, *key):
         """Different training images, class after class -> images (C * per_class, ...), labels."""
-        if per_class > self.smallest_class:
-            n = self.smallest_class
+        n = self.smallest_class
+        if per_class > n:
             raise UserError(f"a class of {self.name} has {n} images: {per_class} are too many")
         seed(*key)
         index = self.draw(self.indices_by_class, per_class).flatten()
@@ -222,91 +223,86 @@ class Dataset:
 
 
 def load_dataset(args, name=None, kind=None):
-    """Load `name` (default: args.dataset) and preprocess it -> Dataset. kind: see Preprocess.
-
-    glyphs, a data set of torchvision, or a folder, given by its path or by its name in data_dir,
-    with train/<class>/* and test/<class>/* (or val/). Raises UserError.
-    """
-    name, kind = name or args.dataset, kind or (args.whitening if args.zca else "standardize")
-    places = (pathlib.Path(name), pathlib.Path(args.data_dir) / name)
-    folder = next((place for place in places if (place / "train").is_dir()), None)
-    if name == "glyphs":
-        arrays = [*draw_glyphs(500, 0)[:2], *draw_glyphs(50, 1)]
-    elif folder or name in STATS:
-        arrays = read_images(name, folder, args)
-    else:
-        known = ", ".join(["glyphs", *STATS])
-        raise UserError(f"no data set {name}: use {known}, or a folder with train/ and test/")
-    name = folder.resolve().name if folder else name
+    """Load and preprocess args.dataset, or `name` -> Dataset. kind: see Preprocess."""
+    name = name or args.dataset
+    kind = kind or (args.whitening if args.zca else "standardize")
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device} is not available: use --device cpu") from None
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda is not available: use --device cpu")
     torch.backends.cudnn.benchmark = True  # by torch's defaults, convolutions alone use TF32
-    train, train_labels, test, test_labels = (array.to(device) for array in arrays[:4])
+
+    *arrays, classes = read_images(name, args)
+    train, train_labels, test, test_labels = (array.to(device) for array in arrays)
     height, width = train.shape[2:]
     if height != width or not 16 <= height <= 256:
         raise UserError(f"{name} has images of {width}x{height}: add --size 32 (or 64, 128)")
+    name = pathlib.Path(name).name
     preprocess = Preprocess.fit(name, train, kind, args.data_dir)
     train, test = preprocess(train), preprocess(test)
-    return Dataset(name, arrays[4], train, train_labels, test, test_labels, preprocess)
+    return Dataset(name, classes, train, train_labels, test, test_labels, preprocess)
 
 
-def read_images(name, folder, args):
-    """Read a folder or a torchvision data set -> [pixels, labels, test pixels, labels, classes].
+def read_images(name, args):
+    """Read uint8 pixels -> training images, labels, test images, labels, classes.
 
-    A folder is decoded once; later runs read a uint8 cache in it.
+    A folder is decoded once and cached.
     """
+    if name == "glyphs":
+        return [*draw_glyphs(500, 0)[:2], *draw_glyphs(50, 1)]
     try:
-        if folder:
-            splits = ("train", "test" if (folder / "test").is_dir() else "val")
-            parts = [torchvision.datasets.ImageFolder(folder / split) for split in splits]
-            files = [path for part in parts for path, _ in part.samples]
-            stamp = hash_int([(path, os.stat(path).st_mtime_ns) for path in files])
-            cache = folder / f".cache_{args.size}.pt"
-            with contextlib.suppress(Exception):  # a missing or broken cache is made anew
-                stored = torch.load(cache, weights_only=True)
-                if stored["stamp"] == stamp:
-                    return stored["arrays"]
-        else:
-            build = partial(getattr(torchvision.datasets, STATS[name][0]), args.data_dir)
-            splits = ("train", "test") if name == "svhn" else (True, False)
-            parts = [build(split, download=True) for split in splits]
-        arrays = []
-        for part in parts:
-            images, labels = zip(*part, strict=True)
-            if folder and args.size:
-                images = [ImageOps.fit(image, (args.size, args.size)) for image in images]
-            pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-            gray = pixels.ndim == 3
-            pixels = pixels[:, None] if gray else pixels.permute(0, 3, 1, 2).contiguous()
-            arrays += [pixels, torch.tensor(labels)]
+        splits = open_splits(name, args.data_dir)
+        files = [path for split in splits for path, _ in getattr(split, "samples", [])]
+        stamp = hash_int(name, args.size, [(path, os.stat(path).st_mtime_ns) for path in files])
+        path = pathlib.Path(args.data_dir) / ".cache" / f"images_{stamp:016x}.pt"
+        decode = partial(decode_images, splits, args.size)
+        arrays = cached(path, decode) if files else decode()
     except ValueError:
         raise UserError(f"images in {name} differ in size: add --size 32 (or 64, 128)") from None
     except (OSError, RuntimeError, SyntaxError, ImportError) as error:
         raise UserError(f"{name} cannot be read: {str(error).partition('. ')[0]}") from None
-    classes, held_out = (list(getattr(part, "classes", "0123456789")) for part in parts)
+    classes, held_out = (list(getattr(split, "classes", "0123456789")) for split in splits)
     if len(classes) < 2 or classes != held_out:
-        raise UserError(f"{name} needs the same two or more classes in train/ and {splits[1]}/")
-    if folder:
-        with contextlib.suppress(UserError):  # a read-only folder works without a cache
-            save({"stamp": stamp, "arrays": [*arrays, classes]}, cache)
+        raise UserError(f"{name} needs the same two or more classes to train and to test")
     return [*arrays, classes]
+
+
+def open_splits(name, data_dir):
+    """Open a folder with train/<class>/* and test/ or val/, or a set of torchvision."""
+    for folder in (pathlib.Path(name), pathlib.Path(data_dir) / name):
+        if (folder / "train").is_dir():
+            test = "test" if (folder / "test").is_dir() else "val"
+            return [torchvision.datasets.ImageFolder(folder / split) for split in ("train", test)]
+    if name not in STATS:
+        known = ", ".join(["glyphs", *STATS])
+        raise UserError(f"no data set {name}: use {known}, or a folder with train/ and test/")
+    build = getattr(torchvision.datasets, STATS[name][0])
+    splits = ("train", "test") if name == "svhn" else (True, False)
+    return [build(data_dir, split, download=True) for split in splits]
+
+
+def decode_images(splits, size):
+    """Decode, and resize if size > 0 -> [pixels (n, c, h, w), labels (n,)] of all splits."""
+    arrays = []
+    for split in splits:
+        if size:
+            split.transform = partial(ImageOps.fit, size=(size, size))
+        images, labels = zip(*split, strict=True)
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        # gray images have no axis of channels
+        pixels = pixels.view(*pixels.shape[:3], -1)
+        arrays += [pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)]
+    return arrays
 
 
 GLYPHS = {"triangle": 3, "square": 4, "diamond": 4, "hexagon": 6, "disc": 32}  # number of sides
 
 
 def draw_glyphs(per_class, split):
-    """A data set that needs no download -> uint8 pixels (10 * per_class, 3, 16, 16), labels, names.
-
-    One bright glyph an image, filled or as an outline, on a dark ground; place, size, angle and
-    colors are random. Blotches and noise hide much of it.
-    """
-    random, pixels = np.random.default_rng([7, split]), []
+    """Draw bright glyphs on dark, noisy grounds -> uint8 pixels (n, 3, 16, 16), labels, names."""
+    random = np.random.default_rng([7, split])
+    pixels = []
     names = [f"{style} {name}" for name in GLYPHS for style in ("filled", "hollow")]
     for style, name in [label.split() for label in names]:
         for _ in range(per_class):
@@ -339,7 +335,6 @@ class Preprocess:
     mean: torch.Tensor  # (c, 1, 1), or with ZCA the mean image
     std: torch.Tensor  # (c, 1, 1)
     whiten: torch.Tensor = None  # W (d, d)
-    restore: torch.Tensor = None  # its inverse
 
     @classmethod
     def fit(cls, name, pixels, kind, data_dir):
@@ -349,49 +344,52 @@ class Preprocess:
         if name in STATS:
             mean, std = torch.tensor(STATS[name][1:], device=pixels.device)[..., None, None]
         else:
-            std, mean = torch.std_mean(pixels / 255, (0, 2, 3), keepdim=True)
-            std, mean = std[0].clamp_min(0.01), mean[0]
+            std, mean = torch.std_mean(pixels / 255, (0, 2, 3))
+            std = std.clamp_min(0.01)[:, None, None]
+            mean = mean[:, None, None]
         if kind == "standardize":
             return cls(kind, fingerprint, mean, std)
 
         if total.numel() > 3 * 64 * 64:
             raise UserError(f"images of {name} are too large to whiten: add --no-zca")
-        cache = pathlib.Path(data_dir) / ".cache" / f"{fingerprint}.pt"
-        with contextlib.suppress(Exception):  # a missing or broken cache is made anew
-            return cls(kind, fingerprint, *torch.load(cache, pixels.device, weights_only=True))
-        std = std if kind == "zca-trace" else torch.ones_like(std)
         mean = (total / len(pixels) / 255).float()
-        x = ((pixels / 255 - mean) / std).flatten(1)
-        values, vectors = torch.linalg.eigh((x.T @ x).double() / (len(x) - 1))
-        ridge = 0.1 * values.mean() if kind == "zca-trace" else 0.1
-        scale = (values.clamp_min(0) + ridge).sqrt()
-        matrices = (vectors / scale @ vectors.T).float(), (vectors * scale @ vectors.T).float()
-        save([tensor.cpu() for tensor in (mean, std, *matrices)], cache)
-        return cls(kind, fingerprint, mean, std, *matrices)
+        if kind == "zca":
+            std = torch.ones_like(std)
+        path = pathlib.Path(data_dir) / ".cache" / f"{fingerprint}_whiten.pt"
+        whiten = cached(path, partial(fit_zca, pixels, mean, std, kind)).to(pixels.device)
+        return cls(kind, fingerprint, mean, std, whiten)
 
     def __call__(self, pixels):
-        """Pixels (n, c, h, w), uint8 or floats in [0, 1] -> network inputs, float32."""
-        pixels = pixels if pixels.is_floating_point() else pixels / 255
-        images = (pixels - self.mean) / self.std
+        """uint8 pixels (n, c, h, w) -> network inputs, float32."""
+        images = (pixels / 255 - self.mean) / self.std
         if self.whiten is not None:
             images = (images.flatten(1) @ self.whiten).view_as(images)
         return images
 
     def undo(self, images):
         """Network inputs -> pixels in [0, 1], not clamped."""
-        if self.restore is not None:
-            images = (images.flatten(1) @ self.restore).view_as(images)
+        if self.whiten is not None:
+            flat = torch.linalg.solve(self.whiten, images.flatten(1), left=False)
+            images = flat.view_as(images)
         return images * self.std + self.mean
+
+
+def fit_zca(pixels, mean, std, kind):
+    """Whitening matrix W (d, d) of uint8 pixels, see Preprocess."""
+    x = ((pixels / 255 - mean) / std).flatten(1)
+    values, vectors = torch.linalg.eigh((x.T @ x).double() / (len(x) - 1))
+    ridge = 0.1 if kind == "zca" else 0.1 * values.mean()
+    return (vectors / (values.clamp_min(0) + ridge).sqrt() @ vectors.T).float()
 
 
 # ------------------------------------------------------------ augmentation
 
 
 def dsa(images, flip, *key, shared=False):
-    """Differentiable augmentation (DSA, Zhao & Bilen 2021): one random transform a batch.
+    """Apply one random transform of DSA (Zhao & Bilen 2021), each image with own parameters.
 
-    Each image draws parameters of its own; shared: all have the same, as in the Siamese form, where
-    two batches with the same key get the same transform. flip: whether mirroring is allowed.
+    shared: all with the same, as in the Siamese form, where two batches with the same key get the
+    same transform. flip: whether mirroring is allowed.
     """
     names = ("color", "crop", "cutout", "scale", "rotate") + ("flip",) * flip
     seed(*key)
@@ -420,13 +418,11 @@ def transform(images, name, u):
 
 
 def frepo_augment(images, flip, *key, scale=False):
-    """FRePo's augmentation for scoring: one transform a batch, parameters an image. Not DSA's.
-
-    scale: allow scaling, as in the authors' PyTorch branch, which the translator follows.
-    """
+    """FRePo's augmentation in scoring, not DSA's; scale: as in the authors' PyTorch branch."""
     names = ("color", "crop", "translate", "cutout", "rotate") + ("flip",) * flip
     names += ("scale",) * scale
-    name, side = names[hash_int(*key) % len(names)], images.shape[-1]
+    name = names[hash_int(*key) % len(names)]
+    side = images.shape[-1]
     seed(*key)
     u = torch.rand(len(images), 3, device=images.device)
     a, b, c = (2 * u - 1).T
@@ -459,10 +455,7 @@ def cut(images, corner, side):
 
 
 def warp(images, a, b, c, d, x=0, y=0, padding="zeros"):
-    """Resample: an output pixel at p is the input at [[a, b], [c, d]] p + [x, y].
-
-    In units of half the side, 0 at the center; a .. y are numbers or tensors (n,).
-    """
+    """Resample: the output at p is the input at [[a, b], [c, d]] p + [x, y]; the side is 2."""
     zero = torch.zeros(len(images), device=images.device)
     theta = torch.stack([zero + value for value in (a, b, x, c, d, y)], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta.to(images.dtype), images.shape, align_corners=False)
@@ -528,7 +521,7 @@ class ConvNet(nn.Module):
 
 @torch.no_grad()
 def features(net, images):
-    """net.features without a graph, 512 images at a time -> float32 (n, d)."""
+    """net.features without a graph, 512 images at a time -> (n, d) of the images' type."""
     with autocast(images.device):
         return torch.cat([net.features(x).to(images.dtype) for x in images.split(512)])
 
@@ -550,8 +543,7 @@ def train_epoch(
 ):
     """Train for an epoch on (V, n, c, h, w): V variants of n images, one drawn at each use.
 
-    mix(images, labels, *key) -> images, labels of a batch, after `augment`. loss(logits, labels):
-    cross-entropy by default.
+    mix(images, labels, *key) -> images, labels of a batch, after `augment`.
     """
     seed(*key)
     order = torch.randperm(len(labels), device=data.device)
@@ -571,33 +563,33 @@ def train_epoch(
 
 
 def load_experts(data, args):
-    """Expert trajectories (MTT Sec. 3.1), trained where missing -> (experts, epochs + 1, P).
+    """Load expert trajectories (MTT Sec. 3.1), train missing ones -> (experts, epochs + 1, P).
 
-    One file an expert: its parameters at the start and after each epoch. A run takes those of its
-    own seed, then those of other seeds, then trains. With --iterations 0 it trains its own, so that
-    the tasks of an array job can fill one folder.
+    A file holds an expert's parameters at the start and after each epoch. Experts of the own seed
+    come first, then others, then new ones. With --iterations 0 all are of the own seed: so tasks of
+    an array job fill one folder.
     """
     epochs = args.max_start - 1 + args.expert_epochs
     folder = pathlib.Path(args.data_dir) / "experts" / f"{data.name}_{data.preprocess.fingerprint}"
     names = [f"seed{args.seed}_expert{i:03d}.pt" for i in range(args.experts)]
     if args.iterations:
         there = {path.name for path in folder.glob("seed*_expert*.pt")}
-        ready = [n for n in names if n in there] + sorted(there - set(names))
-        names = (ready + [n for n in names if n not in there])[: args.experts]
-    progress = Progress(len(names) * epochs, "expert epochs")
-    return torch.stack([train_expert(data, folder / name, epochs, progress) for name in names])
+        own = set(names)
+        names = sorted(there | own, key=lambda name: (name not in there, name not in own, name))
+    return torch.stack([train_expert(data, folder / n, epochs) for n in names[: args.experts]])
 
 
-def train_expert(data, path, epochs, progress):
+def train_expert(data, path, epochs):
     """Load an expert, train what is missing (SGD, lr 0.01, batch 256, DSA) -> (epochs + 1, P)."""
     net = ConvNet(data.shape, len(data.classes)).to(data.device).reset(path.stem)
     trajectory = flatten(net)[None]
     if path.exists():
         trajectory = load(path, "an expert").to(data.device)
         net.load_state_dict(unflatten(net, trajectory[-1]))
-    progress.skip(min(len(trajectory) - 1, epochs))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    for epoch in range(len(trajectory) - 1, epochs):
+    done = len(trajectory) - 1
+    progress = Progress(epochs, path.stem, done)
+    for epoch in range(done, epochs):
         train_epoch(net, optimizer, data, data.train[None], data.train_labels, path.stem, epoch)
         trajectory = torch.cat([trajectory, flatten(net)[None]])
         save(trajectory.cpu(), path)
@@ -606,10 +598,7 @@ def train_expert(data, path, epochs, progress):
 
 
 def sample_segment(experts, args, *key):
-    """Parameters (P,) of a random expert at epochs t and t + M, t in 0 .. max_start - 1.
-
-    The paper includes max_start (t <= T+); the authors' code, as here, excludes it.
-    """
+    """Parameters (P,) of a random expert at epochs t and t + M, t < max_start (the paper: <=)."""
     expert = experts[hash_int(*key, "expert") % len(experts)]
     t = hash_int(*key, "start") % args.max_start
     return expert[t], expert[t + args.expert_epochs]
@@ -636,15 +625,16 @@ def student_gradient(net, params, images, labels, create_graph=False):
 def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
     """Train a student, compare it with an expert, differentiate (HaBa Eq. 7, survey Eq. 30).
 
-    start, target: expert parameters (P,) at epochs t and t + M. step_size: alpha, 0-d. batch(n) ->
-    images, labels of student step n; deterministic in n, as it is called again on the way back.
-    -> loss, gradient for step_size. Adds to the gradients of the leaves behind the images.
-    kept: steps that keep their graph; the others rebuild it on the way back, so that memory does
-    not grow with `steps`. Default: about 500 images' worth on a CPU, 5,000 on a GPU.
+    start, target: expert parameters (P,) at epochs t and t + M. batch(n) -> images, labels of step
+    n. kept: steps that keep their graph, by default 400 images' worth on a CPU, 5,000 on a GPU; the
+    others rebuild it on the way back, so that memory is bounded. -> loss, gradient of step_size
+    (0-d). Gradients are added to the leaves behind the images.
     """
-    lr, student, tape = step_size.detach(), start, []
+    lr = step_size.detach()
+    student = start
+    tape = []
     if kept is None:
-        kept = (5000 if start.is_cuda else 500) // len(batch(0)[1])
+        kept = (5000 if start.is_cuda else 400) // len(batch(0)[1])
     for n in range(steps):
         keep = n >= steps - kept
         with torch.set_grad_enabled(keep):
@@ -697,10 +687,7 @@ def nfr_loss(support, labels, target, target_labels, ridge=1e-6):
 
 
 def center_labels(labels, classes, scale=1.0):
-    """FRePo's labels for class numbers (n,): (one-hot - 1 / C) / scale, (n, C).
-
-    Real images have scale 1, synthetic ones start with sqrt(C / 10).
-    """
+    """FRePo's labels for class numbers (n,): (one-hot - 1 / C) / scale, (n, C)."""
     return (F.one_hot(labels, classes) - 1 / classes) / scale
 
 
@@ -736,6 +723,17 @@ class Protocol:
     regression: bool = False  # FRePo: squared error on soft labels, AdamW, warm-up and cosine
     weight_decay: float = 5e-4
 
+    def rate(self, epoch, count):
+        """Learning rate in an epoch over `count` images."""
+        if not self.regression:
+            return self.lr * self.decay ** sum(epoch >= share * self.epochs for share in self.drops)
+        # linear warm-up of 500 steps (at most half of all), then a cosine to 1 %
+        warm = min(500 / math.ceil(count / self.batch), self.epochs / 2)
+        if epoch < warm:
+            return self.lr * min(1, (epoch + 1) / warm)
+        share = (epoch - warm) / (self.epochs - warm)
+        return self.lr * (0.505 + 0.495 * math.cos(math.pi * share))
+
 
 def frepo_protocol(count, augment=frepo_augment, weight_decay=0.0):
     """How FRePo and the translator train on `count` images; steps as in FRePo's code."""
@@ -743,35 +741,31 @@ def frepo_protocol(count, augment=frepo_augment, weight_decay=0.0):
     nearest = min(steps, key=lambda n: abs(math.log(count / n)))
     epochs = steps[nearest] // math.ceil(nearest / 500)
     network = partial(ConvNet, norm=False, double=True)
-    return Protocol(network, augment, epochs, 500, 3e-4, (), 1, True, weight_decay)
+    rest = {"regression": True, "weight_decay": weight_decay}
+    return Protocol(network, augment, epochs=epochs, batch=500, lr=3e-4, **rest)
 
 
-def train(data, images, labels, protocol, *key, progress=None):
+def train(data, images, labels, protocol, *key):
     """Train a fresh network -> network. images (V, n, c, h, w), labels (n,) or soft (n, C)."""
-    p = protocol
+    classes = len(data.classes)
     seed(*key)
-    net = p.network(data.shape, len(data.classes)).to(data.device)
-    optimizer = torch.optim.AdamW if p.regression else partial(torch.optim.SGD, momentum=0.9)
-    optimizer = optimizer(net.parameters(), weight_decay=p.weight_decay)
-    options = {"augment": p.augment, "mix": p.mix, "batch": p.batch}
-    if p.mix and labels.ndim == 1:
-        labels = F.one_hot(labels, len(data.classes)).float()
-    if p.regression:
+    net = protocol.network(data.shape, classes).to(data.device)
+    options = {"augment": protocol.augment, "mix": protocol.mix, "batch": protocol.batch}
+    decay = protocol.weight_decay
+    if protocol.regression:
         options["loss"] = half_square
-        labels = center_labels(labels, len(data.classes)) if labels.ndim == 1 else labels
-    # FRePo: linear warm-up of 500 steps (at most half of all), then a cosine to 1 %
-    warm = min(500 / math.ceil(len(labels) / p.batch), p.epochs / 2) if p.regression else 0
-    for epoch in range(p.epochs):
-        rate = p.lr * p.decay ** sum(epoch >= share * p.epochs for share in p.drops)
-        if epoch < warm:
-            rate = p.lr * min(1, (epoch + 1) / warm)
-        elif p.regression:
-            share = (epoch - warm) / (p.epochs - warm)
-            rate = p.lr * (0.505 + 0.495 * math.cos(math.pi * share))
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=decay)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, weight_decay=decay)
+    if labels.ndim == 1 and protocol.regression:
+        labels = center_labels(labels, classes)
+    elif labels.ndim == 1 and protocol.mix:
+        labels = F.one_hot(labels, classes).float()
+    progress = Progress(protocol.epochs, "training epochs")
+    for epoch in range(protocol.epochs):
+        optimizer.param_groups[0]["lr"] = protocol.rate(epoch, len(labels))
         train_epoch(net, optimizer, data, images, labels, *key, epoch, **options)
-        if progress:
-            progress.step()
+        progress.step()
     return net.eval()
 
 
@@ -783,50 +777,49 @@ def accuracy(net, images, labels):
     return 100 * (predicted == labels).float().mean().item()
 
 
-def train_and_test(data, images, labels, protocol, args, step_size=None, k=0, progress=None):
-    """Train network number k on a distilled set (as in `train`) and test it -> percentage.
-
-    step_size: the learning rate, a number or 0-d tensor; None: the protocol's.
-    """
+def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
+    """Train network k as in `train`, with the rate step_size if given -> test accuracy in %."""
     lr = protocol.lr if step_size is None else float(step_size)
     protocol = replace(protocol, lr=lr, epochs=args.epochs or protocol.epochs)
-    net = train(data, images, labels, protocol, args.seed, "score", k, progress=progress)
+    net = train(data, images, labels, protocol, args.seed, "score", k)
     return accuracy(net, data.test, data.test_labels)
 
 
 def score(data, distilled, images, labels, protocol, args):
-    """Score a distilled set and random real images of the same storage -> results row, a dict.
+    """Score a distilled set and random real images of the same storage -> row of results.jsonl.
 
-    images, labels: as in `train`. The row goes to args.out/results.jsonl. The random images get the
-    field's protocol, or FRePo's where that is the method's.
+    The random images get the field's protocol, or FRePo's where that is the method's.
     """
     field = protocol if protocol.regression else Protocol(protocol.network)
     storage = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
     storage = min(storage, data.smallest_class)
-    epochs = [args.epochs or protocol.epochs, args.epochs or field.epochs]
-    progress = Progress(args.runs * sum(epochs), "scoring epochs")
-    began, ours, random = time.time(), [], []
+    step_size = distilled["step_size"]
+    began = time.time()
+    ours = []
+    random = []
     for k in range(args.runs):
+        ours.append(train_and_test(data, images, labels, protocol, args, step_size, k))
         real, real_labels = data.sample(storage, args.seed, "random real", k)
-        rest = (args, distilled["step_size"], k, progress)
-        ours.append(train_and_test(data, images, labels, protocol, *rest))
-        rest = (args, None, k, progress)
-        random.append(train_and_test(data, real[None], real_labels, field, *rest))
-    with torch.device("meta"):
-        network = protocol.network(data.shape, len(data.classes)).kind
-    names = ("method", "dataset", "per_class", "iterations", "seconds")
+        random.append(train_and_test(data, real[None], real_labels, field, args, None, k))
+
+    names = ("method", "dataset", "per_class", "iterations", "seconds", "settings")
     row = {name: distilled[name] for name in names}
-    row |= {"network": network, "accuracy": round(np.mean(ours), 2), "std": round(np.std(ours), 2)}
-    row |= {"best": max([value for _, value in distilled["evaluations"]], default=None)}
-    row |= {"random": round(np.mean(random), 2), "random_std": round(np.std(random), 2)}
-    row |= {"random_per_class": storage, "runs": args.runs, "epochs": epochs[0]}
-    row |= {"seed": args.seed, "settings": distilled["settings"]}
-    row |= {"scoring_seconds": round(time.time() - began)}
-    print(
-        f"{row['method']} on {data.name}, {row['per_class']} a class: {row['accuracy']} +- "
-        f"{row['std']} % (random real images, {storage} a class: {row['random']} +- "
-        f"{row['random_std']} %)"
-    )
+    row |= {
+        "network": protocol.network(data.shape, len(data.classes)).kind,
+        "accuracy": round(np.mean(ours), 2),
+        "std": round(np.std(ours), 2),
+        "best": max([value for _, value in distilled["evaluations"]], default=None),
+        "random": round(np.mean(random), 2),
+        "random_std": round(np.std(random), 2),
+        "random_per_class": storage,
+        "runs": args.runs,
+        "epochs": args.epochs or protocol.epochs,
+        "seed": args.seed,
+        "scoring_seconds": round(time.time() - began),
+    }
+    what = f"{row['method']} on {data.name}, {row['per_class']} a class"
+    real = f"random real images, {storage} a class: {row['random']} +- {row['random_std']} %"
+    print(f"{what}: {row['accuracy']} +- {row['std']} % ({real})")
     append_row(row, data.device, args.out)
     return row
 
@@ -835,39 +828,28 @@ def append_row(row, device, folder):
     """Add hardware, torch version, commit and command, append to folder/results.jsonl."""
     cuda = device.type == "cuda"
     hardware = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    row |= {"hardware": hardware, "torch": torch.__version__, "commit": None}
-    git = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty=+"]
-    with contextlib.suppress(OSError):  # git is not installed
-        row["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    row["command"] = " ".join(["python", *sys.argv])
-    with writing(pathlib.Path(folder) / "results.jsonl") as path, open(path, "a") as file:
+    git = "git describe --always --dirty=+"
+    options = {"shell": True, "capture_output": True, "text": True}
+    commit = subprocess.run(git, cwd=pathlib.Path(__file__).parent, **options).stdout.strip()
+    command = " ".join(["python", *sys.argv])
+    row |= dict(hardware=hardware, torch=torch.__version__, commit=commit, command=command)
+    with open(pathlib.Path(folder) / "results.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 # ------------------------------------------------------------ files
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Make the folder of `path`; an OSError in the block becomes a UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield path
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
 def save(content, path):
-    """Write bytes, or anything else by torch.save, beside `path`, then rename. Raises UserError."""
-    buffer = io.BytesIO()
+    """Write bytes, or anything else by torch.save, beside `path`, then rename."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     if isinstance(content, bytes):
-        buffer.write(content)
+        beside.write_bytes(content)
     else:
-        torch.save(content, buffer)
-    with writing(pathlib.Path(path)) as path:
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        beside.write_bytes(buffer.getvalue())
-        os.replace(beside, path)
+        torch.save(content, beside)
+    os.replace(beside, path)
 
 
 def load(path, what):
@@ -880,28 +862,26 @@ def load(path, what):
         raise UserError(f"{path} is broken or not {what}: remove it or give another") from None
 
 
+def cached(path, make):
+    """Load `path`; if it is missing, first save make() there."""
+    if not path.exists():
+        save(make(), path)
+    return load(path, "a cache")
+
+
 def output_path(method, args):
-    """Path of the distilled file, e.g. out/dm_cifar10_ipc10.pt. Raises UserError."""
+    """Make the folder args.out -> path of the distilled file, e.g. out/dm_cifar10_ipc10.pt."""
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     budget = f"bpc{args.bpc}" if hasattr(args, "bpc") else f"ipc{args.ipc}"
     suffix = f"_seed{args.seed}" if args.seed else ""
     name = f"{method}_{pathlib.Path(args.dataset).name}_{budget}{suffix}.pt"
-    path = pathlib.Path(args.out) / name
-    check_writable(args.out)
-    return path
-
-
-def check_writable(folder):
-    """Raise UserError now, not after hours, if `folder` cannot be written."""
-    probe = pathlib.Path(folder) / f".probe{os.getpid()}"
-    save(b"", probe)
-    probe.unlink()
+    return pathlib.Path(args.out) / name
 
 
 def save_distilled(path, data, args, tensors, run, step_size=None):
-    """Write what is needed to use a distilled set -> its content, a dict.
+    """Write `tensors` and what is needed to use them -> the content, a dict.
 
-    tensors: {name: tensor} to store, counted except for labels. step_size: learning rate to train
-    with; None: the protocol's.
+    step_size: the learning rate to train with; None: the protocol's.
     """
     stored = sum(t.numel() for name, t in tensors.items() if name != "labels")
     distilled = {
@@ -919,7 +899,7 @@ def save_distilled(path, data, args, tensors, run, step_size=None):
         "settings": asdict(args),
         "iterations": args.iterations,
         "seconds": round(run.seconds, 1),
-        "evaluations": run.evaluations,
+        "evaluations": run.record["evaluations"],
     }
     distilled |= {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     save(distilled, path)
@@ -930,7 +910,7 @@ def save_distilled(path, data, args, tensors, run, step_size=None):
 def save_grid(path, data, images, columns):
     """A PNG of images (n, c, h, w), `columns` in a row; whitening is undone."""
     pixels = data.preprocess.undo(images.detach()).clamp(0, 1)
-    pixels = F.interpolate(pixels, scale_factor=max(1, 64 // data.shape[-1])).cpu()
+    pixels = F.interpolate(pixels, scale_factor=max(1, 64 // data.shape[-1]))
     buffer = io.BytesIO()
     torchvision.utils.save_image(pixels, buffer, format="png", nrow=columns, pad_value=1)
     save(buffer.getvalue(), path)
@@ -940,104 +920,107 @@ def save_grid(path, data, images, columns):
 
 
 class Progress:
-    """A line on stderr: count, rate, time left."""
+    """A line on stderr every ten seconds and at the end. done: work of an earlier run."""
 
-    def __init__(self, total, what):
-        self.total, self.what, self.done, self.skipped = total, what, 0, 0
+    def __init__(self, total, what, done=0):
+        self.total = total
+        self.what = what
+        self.done = self.start = done
         self.began = self.shown = time.time()
 
-    def skip(self, count):
-        """Count work of an earlier run, which does not enter the rate."""
-        self.done, self.skipped = self.done + count, self.skipped + count
-
-    def step(self, text=lambda: ""):
+    def step(self, loss=None):
         self.done += 1
-        now, terminal = time.time(), sys.stderr.isatty()
-        if now - self.shown < (1 if terminal else 20) and self.done < self.total:
+        now = time.time()
+        if now - self.shown < 10 and self.done < self.total:
             return
         self.shown = now
-        each = (now - self.began) / (self.done - self.skipped)
-        left = time.strftime("%H:%M:%S", time.gmtime(each * (self.total - self.done)))
-        line = f"{self.what} {self.done}/{self.total}  {each:.3g} s each  {left} left  {text()}"
-        end = "\r" if terminal and self.done < self.total else "\n"
-        print(f"{line:<79}", end=end, file=sys.stderr, flush=True)
+        each = (now - self.began) / (self.done - self.start)
+        left = timedelta(seconds=round(each * (self.total - self.done)))
+        text = f"{self.what} {self.done}/{self.total}, {each:.3g} s each, {left} left"
+        if loss is not None:
+            text += f", loss {loss.item():.4f}"
+        print(text, file=sys.stderr, flush=True)
 
 
 class Run:
-    """The checkpoint of a distillation that can be stopped and continued.
+    """A distillation that can be stopped and continued.
 
-    state: {name: tensor, module or optimizer}, restored in place if there is a checkpoint.
-    evaluate() -> accuracy, every args.eval_every iterations; may be None. experts: checked to be
-    the same.
-    `iterations` may differ when a run is continued, the other settings not. Raises UserError.
+    state: {name: tensor, module or optimizer}, restored in place from the checkpoint of an earlier
+    run with the same settings and experts; `iterations` may be more. evaluate() -> accuracy, every
+    args.eval_every iterations. Raises UserError.
     """
 
-    KEPT = ("settings", "done", "seconds", "evaluations", "losses")
-
     def __init__(self, path, data, args, state, evaluate=None, experts=None):
-        self.path, self.args, self.state = path.with_suffix(".ckpt"), args, state
-        self.evaluate, self.interrupted = evaluate, False
+        self.path = path.with_suffix(".ckpt")
+        self.args = args
+        self.state = state
+        self.evaluate = evaluate
         free = ("data_dir", "device", "out", "iterations", "runs", "epochs", "scoring")
-        self.settings = {key: value for key, value in asdict(args).items() if key not in free}
-        self.settings["data"] = data.preprocess.fingerprint
+        settings = {key: value for key, value in asdict(args).items() if key not in free}
+        settings["data"] = data.preprocess.fingerprint
         if experts is not None:
-            self.settings["experts' weights"] = hashlib.sha256(experts.cpu().numpy()).hexdigest()
-        self.done, self.seconds, self.evaluations, self.losses = 0, 0.0, [], []
+            settings["experts' weights"] = hashlib.sha256(experts.cpu().numpy()).hexdigest()
+        self.record = {"settings": settings, "done": 0, "seconds": 0.0}
+        self.record |= {"evaluations": [], "losses": []}
         if self.path.exists():
             try:
                 self.restore(load(self.path, "a checkpoint"))
             except (KeyError, TypeError, ValueError, RuntimeError):
                 raise UserError(f"{self.path} is not from this script: remove it") from None
-        self.start = self.done
-        self.progress = Progress(args.iterations, "iterations")
-        self.progress.skip(self.start)
+
+        self.start = self.record["done"]
+        self.seconds = self.record["seconds"]
+        self.progress = Progress(args.iterations, "iterations", self.start)
         self.saved = time.time()
         self.began = self.saved - self.seconds
+        self.interrupted = False
         if self.start < args.iterations:
-            self.handler = signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGINT, self.interrupt)
 
     def restore(self, stored):
-        wrong = [k for k, v in self.settings.items() if stored["settings"].get(k) != v]
-        if wrong or stored["done"] > self.args.iterations:
-            reason = ", ".join(wrong or ["iterations"])
-            raise UserError(f"{self.path} differs in {reason}: remove it or use another --out")
-        for name in self.KEPT:
-            setattr(self, name, stored[name])
+        settings = self.record["settings"]
+        wrong = [name for name in settings if settings[name] != stored["settings"].get(name)]
+        if stored["done"] > self.args.iterations:
+            wrong.append("iterations")
+        if wrong:
+            raise UserError(f"{self.path} differs in {', '.join(wrong)}: remove it or change --out")
+        state = stored.pop("state")
+        self.record = stored
         for name, value in self.state.items():
-            if isinstance(value, torch.Tensor):
-                value.data.copy_(stored["state"][name])
+            if torch.is_tensor(value):
+                value.data.copy_(state[name])
             else:
-                value.load_state_dict(stored["state"][name])
+                value.load_state_dict(state[name])
 
     def interrupt(self, *_):
         self.interrupted = True
-        signal.signal(signal.SIGINT, self.handler)  # a second Ctrl-C stops at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one stops at once
 
     def step(self, it, loss):
         """Show progress; save once a minute, at the end and on Ctrl-C."""
-        self.done = it + 1
-        self.progress.step(lambda: f"loss {loss.item():.4f}")
-        if self.evaluate and self.args.eval_every and self.done % self.args.eval_every == 0:
-            self.evaluations.append((self.done, round(self.evaluate(), 2)))
-        last = self.done == self.args.iterations
+        done = self.record["done"] = it + 1
+        self.progress.step(loss)
+        if self.evaluate and self.args.eval_every and done % self.args.eval_every == 0:
+            self.record["evaluations"].append((done, round(self.evaluate(), 2)))
+        last = done == self.args.iterations
         if last or self.interrupted or time.time() - self.saved >= 60:
             self.save(loss.item())
         if last:
-            signal.signal(signal.SIGINT, self.handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.interrupted:
-            raise KeyboardInterrupt(f"stopped after {self.done} iterations: repeat to continue")
+            raise KeyboardInterrupt(f"stopped after {done} iterations: repeat to continue")
 
     def save(self, loss):
         """Write the checkpoint, and the losses so far as <stem>.csv."""
-        tensors = [value for value in self.state.values() if torch.is_tensor(value)]
-        for module in [value for value in self.state.values() if isinstance(value, nn.Module)]:
-            tensors += module.parameters()
-        if not math.isfinite(loss) or not all(t.isfinite().all() for t in tensors):
-            raise UserError(f"not finite at iteration {self.done}: use smaller learning rates")
-        self.saved = time.time()
-        self.seconds = self.saved - self.began
-        self.losses.append((self.done, loss, round(self.seconds, 1)))
+        done = self.record["done"]
         state = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in self.state.items()}
-        save({name: getattr(self, name) for name in self.KEPT} | {"state": state}, self.path)
-        rows = ["iteration,loss,seconds"] + [f"{n},{loss},{s}" for n, loss, s in self.losses]
-        save("\n".join(rows).encode(), self.path.with_suffix(".csv"))
+        tensors = [leaf for leaf in tree_leaves(state) if torch.is_tensor(leaf)]
+        if not math.isfinite(loss) or not all(t.isfinite().all() for t in tensors):
+            raise UserError(f"not finite at iteration {done}: use smaller learning rates")
+        self.saved = time.time()
+        self.seconds = self.record["seconds"] = self.saved - self.began
+        self.record["losses"].append((done, loss, round(self.seconds, 1)))
+        save(self.record | {"state": state}, self.path)
+        lines = [f"{n},{loss},{seconds}\n" for n, loss, seconds in self.record["losses"]]
+        text = "iteration,loss,seconds\n" + "".join(lines)
+        save(text.encode(), self.path.with_suffix(".csv"))

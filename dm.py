@@ -47,9 +47,8 @@ def distill(data, args, path):
     """Distill `data` into args.ipc images a class -> content of the distilled file `path`."""
     classes = len(data.classes)
     net = common.ConvNet(data.shape, classes).to(data.device).requires_grad_(False)
-    images, labels = data.sample(
-        args.ipc, args.seed, "start"
-    )  # synthetic images start as real ones
+    # synthetic images start as real ones
+    images, labels = data.sample(args.ipc, args.seed, "start")
     images.requires_grad_()
     optimizer = torch.optim.SGD([images], lr=args.lr, momentum=0.5)
     batch_real = min(args.batch_real, data.smallest_class)
@@ -102,7 +101,7 @@ def main():
     data = common.load_dataset(args)
     distilled = distill(data, args, path)
     images, labels = decode(distilled, data.device)
-    common.save_grid(path.with_suffix(".png"), data, images[0], columns=min(args.ipc, 10))
+    common.save_grid(path.with_suffix(".png"), data, images[0], columns=10)
     common.score(data, distilled, images, labels, protocol(), args)
 
 

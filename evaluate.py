@@ -170,7 +170,10 @@ def select(kind, data, args):
     herding keeps the mean of the selected close to that of all; k-center takes the farthest from
     the selected; both start with the closest to the mean. forgetting takes the most forgotten.
     """
-    all_features, forgotten = learn_features(data, args)
+    key = common.hash_int(data.train_labels.tolist(), data.train[:, 0, 8, 8].tolist(), args.seed)
+    path = pathlib.Path(args.data_dir) / ".cache" / f"features_{key:016x}.pt"
+    learned = common.cached(path, functools.partial(learn_features, data, args))
+    all_features, forgotten = (tensor.to(data.device) for tensor in learned)
     chosen = []
     for index in data.indices_by_class:
         index = index[index >= 0]
@@ -191,15 +194,11 @@ def select(kind, data, args):
 
 
 def learn_features(data, args):
-    """Train a ConvNet on the real set -> features (n, d), forgetting events (n,). Cached.
+    """Train a ConvNet on the real set -> features (n, d), forgetting events (n,).
 
     A forgetting event: an image is classified correctly after an epoch and wrongly after the next.
     Images that never were correct have none (Toneva et al. 2019 put them first).
     """
-    key = common.hash_int(data.train_labels.tolist(), data.train[:, 0, 8, 8].tolist(), args.seed)
-    path = pathlib.Path(args.data_dir) / ".cache" / f"features_{key:016x}.pt"
-    with contextlib.suppress(Exception):  # a missing or broken cache is made anew
-        return torch.load(path, data.device, weights_only=True)
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(args.seed, "features")
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     progress = common.Progress(FEATURE_EPOCHS, "epochs for core-sets")
@@ -213,7 +212,6 @@ def learn_features(data, args):
         forgotten += correct & wrong
         correct = ~wrong
         progress.step()
-    common.save([features, forgotten], path)
     return features, forgotten
 
 
@@ -259,10 +257,9 @@ def score_corruption(data, distilled, images, labels, protocol, args):
     arrays, test_labels = read_corruptions(args.corruption, data)
     epochs = args.epochs or protocol.epochs
     protocol = replace(protocol, epochs=epochs, lr=distilled["step_size"] or protocol.lr)
-    progress = common.Progress(args.runs * epochs, "training epochs")
     found = np.zeros((args.runs, len(arrays), 6))
     for k in range(args.runs):
-        net = common.train(data, images, labels, protocol, args.seed, "score", k, progress=progress)
+        net = common.train(data, images, labels, protocol, args.seed, "score", k)
         found[k, :, 0] = common.accuracy(net, data.test, data.test_labels)
         for (i, array), level in itertools.product(enumerate(arrays.values()), range(5)):
             test = torch.tensor(array[level], device=data.device).permute(0, 3, 1, 2)
@@ -408,7 +405,8 @@ def export(path, folder, args):
     for name, index in zip(data.classes, by_class, strict=True):
         for i, image in enumerate(pixels[index]):
             place = pathlib.Path(folder) / name.replace("/", "-") / f"{i:03d}.png"
-            common.save(torchvision.io.encode_png(image).numpy().tobytes(), place)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            torchvision.io.write_png(image, str(place))
     columns = min([10] + [len(index) for index in by_class if len(index)])
     shown = images[torch.cat([index[:columns] for index in by_class])]
     common.save_grid(pathlib.Path(folder) / "grid.png", data, shown, columns)
@@ -436,7 +434,7 @@ def jobs(paths, args):
 
 def main(argv=None):
     usage = "%(prog)s [FILE ...] [--flag value ...]"
-    parser = common.Parser(description=__doc__.partition("\n")[0], usage=usage, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument
     add("--network", nargs="+", default=[""], metavar="X", help=f"{NETWORKS}, torchvision's")
     add("--epochs", nargs="+", type=int, default=[0], metavar="N", help="0: the protocol's")
@@ -463,7 +461,7 @@ def main(argv=None):
         raise common.UserError("--ipc, --runs, --epochs, --steps and --orders: use 1 or more")
     if not (words or args.coreset or args.continual or args.table):
         raise common.UserError("nothing to do: give files, --coreset, --continual or --table")
-    common.check_writable(args.out)
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.continual:
         continual(args, words)
     elif args.export:

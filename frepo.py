@@ -174,7 +174,7 @@ def main():
     data = common.load_dataset(args)
     distilled = distill(data, args, path)
     images, labels = decode(distilled, data.device)
-    common.save_grid(path.with_suffix(".png"), data, images[0], columns=min(args.ipc, 10))
+    common.save_grid(path.with_suffix(".png"), data, images[0], columns=10)
     common.score(data, distilled, images, labels, protocol(None, len(labels)), args)
 
 

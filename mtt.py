@@ -123,7 +123,7 @@ def main():
     distilled = distill(data, args, path)
     if distilled:
         images, labels = decode(distilled, data.device)
-        common.save_grid(path.with_suffix(".png"), data, images[0], columns=min(args.ipc, 10))
+        common.save_grid(path.with_suffix(".png"), data, images[0], columns=10)
         common.score(data, distilled, images, labels, protocol(), args)
 
 

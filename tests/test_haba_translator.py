@@ -17,6 +17,11 @@ import translator_fewshot as tf
 IMAGE, CONV, MAPS = 768, 2 * 84, 2 * 768  # numbers in a basis, and in a hallucinator's parts
 
 
+def start_factors(data, args):
+    """The factorized set before the first iteration, with bases of the images' size."""
+    return haba.FactorizedSet(data.sample(args.bpc, 0, "start")[0], data.shape, 3, args)
+
+
 def settings(data_dir, **more):
     small = dict(bpc=2, hallucinators=3, iterations=1, batch_real=5, student_steps=2, matches=1)
     small |= dict(data_dir=str(data_dir), experts=1, max_start=1, expert_epochs=1)
@@ -25,25 +30,26 @@ def settings(data_dir, **more):
 
 @pytest.mark.parametrize(
     "depth, channels, parameters",
-    [(0, 3, 6144), (1, 3, 6312), (2, 8, 10963), (3, 8, 16131), (1, 8, 16827), (1, 16, 33651)],
+    [(0, 0, 6144), (1, 0, 6312), (2, 0, 10963), (3, 0, 16131), (1, 8, 16827), (1, 16, 33651)],
 )
 def test_hallucinator(depth, channels, parameters):
-    """Eq. 2 by hand, for smaller bases; parameters as in the supplement's Tables 3 and 4."""
-    module = haba.Hallucinator((3, 32, 32), 3, channels, depth)
+    """Eq. 2 by hand; parameters as in the supplement's Tables 3 and 4."""
+    module = haba.Hallucinator((3, 32, 32), haba.Args(depth=depth, channels=channels))
     assert sum(p.numel() for p in module.parameters()) == parameters
     torch.nn.init.normal_(module.scale)
     torch.nn.init.normal_(module.shift)
-    bases = torch.randn(5, 3, 16, 16)
-    x = F.interpolate(bases, (32, 32), mode="bilinear")
-    for i, conv in enumerate(module.encoder):
+    bases = x = torch.randn(5, 3, 32, 32)
+    parts = (module.encoder, module.decoder)
+    encoder, decoder = [[m for m in part if isinstance(m, torch.nn.Conv2d)] for part in parts]
+    for i, conv in enumerate(encoder):
         if i:  # means of 2x2 pixels
             x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
         x = F.conv2d(x, conv.weight, conv.bias, padding=1).clamp_min(0)
     x = module.scale * x + module.shift
-    for i, conv in enumerate(module.decoder):
+    for i, conv in enumerate(decoder):
         x = x.clamp_min(0).repeat_interleave(2, 2).repeat_interleave(2, 3) if i else x
         x = F.conv2d(x, conv.weight, conv.bias, padding=1)
-    assert len(module.encoder) == len(module.decoder) == depth and relative(module(bases), x) < 1e-5
+    assert len(encoder) == len(decoder) == depth and relative(module(bases), x) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -60,13 +66,14 @@ def test_file(kind, stored, data, tmp_path, monkeypatch):
     """Where bases start, what is stored, whose hallucinators are used; decoding; no DSA."""
     calls = plain.record_transforms(monkeypatch)
     args = settings(tmp_path, objective="dm", dsa=False, lr_hallucinators=0.1, **kind)
+    args.lr_bases = 1e-9
     found = haba.distill(data, args, tmp_path / "haba.pt")
-    factors = haba.start_factors(data, args)
     start = data.sample(2, 0, "start")[0]
     if "basis_size" in kind:  # averaged over channels and about 2x2 pixels
         start = F.avg_pool2d(start, 2).mean(1, keepdim=True)
-    assert factors.bases.shape == start.shape
-    assert F.cosine_similarity(factors.bases, start, 0).mean() > 0.6
+    assert found["bases"].shape == start.shape
+    assert F.cosine_similarity(found["bases"], start, 0).mean() > 0.6
+    factors = haba.FactorizedSet(torch.empty_like(start), data.shape, 3, args)
     factors.load_state_dict(common.load(tmp_path / "haba.ckpt", "")["state"]["factors"])
     assert sum(p.numel() for p in factors.parameters()) == stored
     assert found["stored_per_class"] == pytest.approx(stored / 3) and not calls
@@ -74,8 +81,7 @@ def test_file(kind, stored, data, tmp_path, monkeypatch):
     assert images.shape[1:] == (6, 3, 16, 16) and labels.tolist() == [0, 0, 1, 1, 2, 2]
     for j, decoded in zip(range(args.hallucinators or 1), images, strict=True):
         x = F.interpolate(factors.bases, (16, 16), mode="bilinear")
-        modules = factors.hallucinators[j] if factors.hallucinators else [torch.nn.Identity()]
-        modules = list(modules) * (3 // len(modules))
+        modules = list(factors.hallucinators[j]) * (3 // len(factors.hallucinators[j]))
         expected = [module(x[2 * c :][:2]).expand(2, 3, 16, 16) for c, module in enumerate(modules)]
         assert relative(decoded, torch.cat(expected).detach()) < 1e-10
 
@@ -92,13 +98,15 @@ def contrast(features, labels):
 
 
 @pytest.mark.parametrize("kind", [{}, {"class_hallucinators": True}, {"batch": 4}], ids=str)
-@pytest.mark.parametrize("objective, alpha", [("mtt", 0.01), ("mtt", 2e-4), ("dm", 0), ("dc", 0)])
+@pytest.mark.parametrize(
+    "objective, alpha", [("mtt", 0.01), ("mtt", 2e-4), ("dm", 0.0), ("dc", 0.0)]
+)
 def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
     """Eq. 6 in one graph; then the step of the adversary with the new factors (Eq. 4)."""
     history = plain.record_steps(monkeypatch)
     args = settings(tmp_path, objective=objective, step_size=alpha, lr_bases=2.0, **kind)
     args.weight_cos, args.weight_con, args.weight_task, args.lr_hallucinators = 0.3, 0.2, 0.7, 0.5
-    factors, net = haba.start_factors(data, args), common.ConvNet(data.shape, 3).reset(0, 0)
+    factors, net = start_factors(data, args), common.ConvNet(data.shape, 3).reset(0, 0)
     adversary, b = common.ConvNet(data.shape, 3).reset(0, "F"), args.batch or 6
     segment = common.sample_segment(common.load_experts(data, args), args, 0, 0)
     calls = plain.record_transforms(monkeypatch)
@@ -106,9 +114,9 @@ def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
 
     def images_of(before, name, u):
         """Augmented images, with a graph, labels, hallucinators of a recorded transform."""
-        index = find(before, factors.everything()[0].flatten(0, 1))
+        index = find(before, factors.everything().flatten(0, 1))
         assert len(u.unique(dim=0)) == len(index.unique()) == len(index)
-        images = torch.cat([factors(i % 6, i // 6)[0] for i in index.split(1)])
+        images = torch.cat([factors(i % 6, i // 6) for i in index.split(1)])
         return plain.transform(images, name, u), factors.labels[index % 6], index // 6
 
     def batch(n):
@@ -124,7 +132,7 @@ def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
         alpha = max(alpha - 1e-5 * step_size.grad.item(), 0.001)
         assert found["step_size"] == pytest.approx(alpha, rel=1e-8)
     else:
-        images = factors.everything()[0].unflatten(1, (3, 2)).transpose(0, 1).flatten(1, 2)
+        images = factors.everything().unflatten(1, (3, 2)).transpose(0, 1).flatten(1, 2)
         loss = plain.matching_loss(objective, net, images, calls[0:6:2], calls[1:6:2])
         loss.backward()
     assert history[0][0] == pytest.approx(loss.item(), rel=1e-8)
@@ -160,7 +168,7 @@ def test_momentum_alone(data, tmp_path, monkeypatch):
     history = plain.record_steps(monkeypatch)
     args = settings(tmp_path, iterations=12, student_steps=1, weight_cos=0, lr_hallucinators=1.0)
     haba.distill(data, args, tmp_path / "haba.pt")
-    before, last, coasting, drawn = haba.start_factors(data, args).state_dict(), [0] * 3, 0, []
+    before, last, coasting, drawn = start_factors(data, args).state_dict(), [0] * 3, 0, []
     for _, state in history:
         for j in range(3):
             name = f"hallucinators.{j}.0.shift"
@@ -186,26 +194,26 @@ def test_proposition_1(data):
     assert relative(solutions[1], expected) < 1e-5
 
 
-@pytest.mark.parametrize("mirror, flip", [(True, True), (False, True), (True, False)])
-def test_bilevel_gradient(mirror, flip, data):
-    """Alg. 1 against one graph through all inner steps; the gradients are added."""
-    net, outer = tf.build_network(data), tf.build_network(data).reset("outer")
-    data.flip, args = flip, tf.Args(inner_steps=3, ridge=1e-3, mirror=mirror)
-    start, (real, numbers) = tf.start_synthetic(data, 1, args, "start"), data.batch(10, "real")
-    rest = real, common.center_labels(numbers, 3), 1e-3, mirror and flip
+@pytest.mark.parametrize("flip", [True, False])
+def test_bilevel_loss(flip, data, monkeypatch):
+    """Alg. 1 and its gradient, against Eq. 17 by matrix inversion; with and without mirrors."""
+    monkeypatch.setattr(common, "nfr_loss", partial(common.nfr_loss, ridge=1e-3))
+    data.flip, args, key = flip, tf.Args(inner_steps=3, batch_real=10), (0, "space", 5)
+    net, outer = tf.build_network(data), tf.build_network(data)
     params = list(net.blocks.requires_grad_(True).parameters())
-    x, y = (tensor.clone().requires_grad_() for tensor in start)
+    ours = tf.bilevel_loss(net, outer, data, args, 5, alpha=0.5)
+    gradients = torch.autograd.grad(ours, params)
+    x, y = tf.start_synthetic(data, args, *key, "start")
+    real, numbers = data.batch(10, *key, "real")
+    rest = real, common.center_labels(numbers, 3), 1e-3, flip
     for _ in range(3):
         loss = plain.nfr_by_hand(net, x, y, *rest)
         slopes = torch.autograd.grad(loss, (x, y), create_graph=True)
         x, y = x - 0.5 * slopes[0], y - 0.5 * slopes[1]
-    loss = plain.nfr_by_hand(outer, x, y, *rest)
-    expected = torch.autograd.grad(loss, params)
-    for times in (1, 2):
-        ours = tf.bilevel_gradient(net, outer, *start, real, numbers, data, args, 0.5)
-        assert ours.item() == pytest.approx(loss.item())
-        for p, gradient in zip(params, expected, strict=True):
-            assert relative(p.grad, times * gradient) < 1e-7
+    loss = plain.nfr_by_hand(outer.reset(*key), x, y, *rest)
+    assert ours.item() == pytest.approx(loss.item())
+    for ours, theirs in zip(gradients, torch.autograd.grad(loss, params), strict=True):
+        assert relative(ours, theirs) < 1e-7
 
 
 def test_translator(data):
@@ -222,45 +230,54 @@ def test_translator(data):
 
 def test_losses_of_the_translator(data, tmp_path, monkeypatch):
     """Adaptation, pre-training on cached subsets, auto-encoder; new networks each time."""
+    monkeypatch.setattr(common, "nfr_loss", partial(common.nfr_loss, ridge=1e-3))
     history, networks = plain.record_steps(monkeypatch), set()
-    seen, loss_of = [], tf.translation_loss
+    passed, seen, loss_of = [], [], tf.random_network_loss
 
-    def spy(translator, net, images, labels, real, numbers, *rest):
-        loss = loss_of(translator, net, images, labels, real, numbers, *rest)
+    def spy(net, images, labels, source, args, *key):
+        loss = loss_of(net, images, labels, source, args, *key)
+        (before,), translated = passed.pop()
+        assert images is translated
+        real, numbers = source.batch(12, *key, "real")
         rest = labels, real, common.center_labels(numbers, labels.shape[1]), 1e-3, True
-        expected = plain.nfr_by_hand(net, translator(images), *rest).item()
-        seen.append((images, find(real, data.train), numbers, expected))
+        expected = plain.nfr_by_hand(net, images, *rest).item()
+        seen.append((before, find(real, data.train), numbers, expected))
         networks.add(common.flatten(net)[0].item())
         return loss
 
-    monkeypatch.setattr(tf, "translation_loss", spy)
-    args = tf.Args(ridge=1e-3, batch_real=12, subsets=9, max_images=12, max_synthetic=7)
+    monkeypatch.setattr(tf, "random_network_loss", spy)
+    args = tf.Args(batch_real=12, subsets=9, max_images=12, max_synthetic=7, batch=2)
     args.min_classes, args.iterations, args.data_dir = 2, 1, str(tmp_path)
-    parts, sizes = (tf.Translator(), tf.build_network(data)), set()
-    subsets = [tf.cached_subset(data, tf.build_network(data), n, args) for n in range(9)]
-    for subset in subsets:
-        index, numbers = subset["real"], subset["labels"].argmax(1)
-        classes, ipc = len(index), len(numbers) // len(index)
-        kinds = data.train_labels[index].unique(dim=1)
+    subsets = [tf.cached_subset(data, n, args) for n in range(9)]
+    sizes = set()
+    for subset, images, labels in subsets:
+        index, classes = find(subset.train, data.train), len(subset.classes)
+        kinds = data.train_labels[index].view(classes, -1).unique(dim=1)
         assert kinds.shape == (classes, 1) and len(kinds.unique()) == classes
-        assert len(index.unique()) == index.numel() <= 12 and len(numbers) <= 7
-        assert torch.equal(numbers, torch.arange(classes).repeat_interleave(ipc))
-        assert (subset["images"] - data.train[index[:, :ipc].flatten()]).abs().max() < 2e-3
-        sizes.add((classes, ipc))
+        assert subset.classes == [data.classes[c] for c in kinds]
+        assert len(index.unique()) == len(index) <= 12 and len(labels) <= 7
+        near = (images[:, None] - subset.train).abs().flatten(2).amax(2) < 2e-3
+        assert near.sum(1).eq(1).all() and near.sum(0).le(1).all()
+        assert torch.equal(subset.train_labels[near.int().argmax(1)], labels.argmax(1))
+        sizes.add((classes, len(labels) // classes))
     assert {classes for classes, _ in sizes} == {2, 3} and len({ipc for _, ipc in sizes}) > 1
-    images, labels = tf.start_synthetic(data, 1, args, "start")
+    parts = tf.Translator(), tf.build_network(data)
+    parts[0].register_forward_hook(lambda _, inputs, output: passed.append((inputs, output)))
+    images, labels = tf.start_synthetic(data, args, "start")
     for step in range(5):
         loss = tf.adaptation_loss(*parts, images, labels, data, args, step).item()
         used, index, numbers, expected = seen.pop()
         assert used is images and loss == pytest.approx(expected, rel=1e-8)
         assert torch.equal(numbers, data.train_labels[index])
-    from_cache = partial(tf.pretraining_loss, *parts, None, data, args)
-    tf.train_translator(parts[0], data, args, tmp_path / "t.pt", 5, 1e-3, from_cache, 2)
+    history.clear()
+    from_cache = partial(tf.pretraining_loss, *parts, data, args)
+    tf.train(parts[0], from_cache, 5, 1e-3, data, args, tmp_path / "t.pt", 2)
     for (loss, _), *pair in zip(history, seen[::2], seen[1::2], strict=True):
         assert loss == pytest.approx((pair[0][3] + pair[1][3]) / 2, rel=1e-8)
         for images, index, numbers, _ in pair:
-            (real,) = [s["real"] for s in subsets if torch.equal(s["images"], images)]
-            assert (real[numbers] == index[:, None]).any(1).all()
+            (subset,) = [s for s, cached, _ in subsets if torch.equal(cached, images)]
+            within = find(data.train[index], subset.train)
+            assert torch.equal(subset.train_labels[within], numbers)
     assert len(networks) == 15
     images = data.batch(128, 0, "auto-encoder", 0)[0]
     error = (parts[0](images) - images).square().mean().item()
@@ -270,7 +287,7 @@ def test_losses_of_the_translator(data, tmp_path, monkeypatch):
 def test_down_sample(data):
     """Four times as many images, means of 2x2 pixels, enlarged when used."""
     args = tf.Args(down_sample=True)
-    images, labels = tf.start_synthetic(data, 1, args, "start")
+    images, labels = tf.start_synthetic(data, args, "start")
     real, numbers = data.sample(4, "start")
     assert torch.equal(images, F.avg_pool2d(real, 2)) and torch.equal(labels.argmax(1), numbers)
     decoded, soft = tf.decode({"images": images, "labels": labels, "shape": [3, 16, 16]})
@@ -284,10 +301,10 @@ def test_adapted_translator(data, tmp_path):
     tf.distill(data, args, tmp_path / "a.pt")
     args.mode, args.ipc, args.translator = "no-adaptation", 2, str(tmp_path / "a_adapted.pt")
     tf.distill(data, args, tmp_path / "b.pt")
-    translator, _ = tf.start_translator(data, args, tmp_path / "b.pt")
+    translator = tf.build_translator(data, args)
     for name in "ab":
         images = common.load(tmp_path / f"{name}.ckpt", "")["state"]["images"]
         stored = common.load(tmp_path / f"{name}.pt", "")["images"]
         assert relative(stored, translator(images).detach()) < 1e-10
-    scratch, _ = tf.start_translator(data, tf.Args(mode="scratch"), tmp_path / "a.pt")
+    scratch = tf.build_translator(data, tf.Args(mode="scratch"))
     assert (common.flatten(translator) - common.flatten(scratch)).abs().max() > 0.01
