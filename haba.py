@@ -194,7 +194,7 @@ def contrastive_loss(features, labels, temperature=0.07):
 
 
 def distill(data, args, path):
-    """Factorize `data` (supplement Alg. 1) -> content of the distilled file; None: experts only."""
+    """Factorize `data` (supplement Alg. 1) -> content of the file, or None."""
     # Bases start as real images (Alg. 1: random)
     bases, _ = data.sample(args.bpc, args.seed, "start")
     if args.basis_channels not in (0, data.shape[0]):
@@ -228,10 +228,11 @@ def distill(data, args, path):
     run = common.Run(path, data, args, state, evaluate, experts)
     use_adversary = args.hallucinators > 1 and args.weight_cos > 0
     for it in range(run.start, args.iterations):
+        # What is not drawn has a gradient of 0: it moves by its momentum
         for p in factors.parameters():
-            p.grad = torch.zeros_like(p)  # what is not drawn moves by its momentum
+            p.grad = torch.zeros_like(p)
 
-        # L_DD: the gradient accumulates in bases and hallucinators
+        # L_DD (Eq. 6, 7): the gradient accumulates in bases and hallucinators
         if mtt:
             start, target = common.sample_segment(experts, args, args.seed, it)
             batch = partial(student_batch, factors, data, args, it)
@@ -252,7 +253,8 @@ def distill(data, args, path):
                 weight = weight * factors.bases.grad.norm() / gradient.norm()
             (weight * cosine).backward()
 
-        optimizer.step()  # Alg. 1, lines 11, 12
+        # Alg. 1, lines 11, 12
+        optimizer.step()
         step_size.clamp_(min=0.001)
 
         # L_F (Eq. 4) of the same two, updated (lines 13, 14; the authors' code draws a new pair)
@@ -279,7 +281,7 @@ def student_batch(factors, data, args, it, n):
 
 
 def hallucinate_pair(factors, data, args, it):
-    """Bases through two drawn hallucinators, augmented -> images (2 b, c, h, w), labels (2 b,)."""
+    """Bases through two drawn hallucinators, augmented -> images (2 b, ...), labels (2 b,)."""
     key = (args.seed, it, "pair")
     index = common.student_indices(len(factors.bases), args.batch, 0, *key, device=data.device)
     j = common.hash_int(*key, "j") % args.hallucinators
@@ -359,7 +361,8 @@ def save_picture(path, data, distilled, images):
     if bases.shape[1] != data.shape[0]:
         bases = bases.mean(1, keepdim=True).expand_as(images[0])
     columns = torch.cat([bases[None], images])[:, :: distilled["per_class"]]
-    columns = F.layer_norm(columns, columns.shape[1:])  # the contrast of standardized images
+    # For display, zero mean and unit variance, as standardized images have
+    columns = F.layer_norm(columns, columns.shape[1:])
     common.save_grid(path, data, columns.transpose(0, 1).flatten(0, 1), len(columns))
 
 
