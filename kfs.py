@@ -13,6 +13,8 @@ noisy one (Eq. 3): --sample-decoders and --batch-real turn these on (Fig. 7).
     python kfs.py                                              # glyphs: minutes on a CPU
     python kfs.py --dataset cifar10 --ipc 1                    # the paper: 59.8 +- 0.5 %
     python kfs.py --dataset cifar10 --ipc 1 --real-means 100   # reuse 100 networks: faster
+
+Measured: 58.2 +- 0.1 % with --iterations 360 --drops 280 330 --real-means 10.
 """
 
 import math
