@@ -626,15 +626,15 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
     """Train a student, compare it with an expert, differentiate (HaBa Eq. 7, survey Eq. 30).
 
     start, target: expert parameters (P,) at epochs t and t + M. batch(n) -> images, labels of step
-    n. kept: steps that keep their graph, by default 400 images' worth on a CPU, 5,000 on a GPU; the
-    others rebuild it on the way back, so that memory is bounded. -> loss, gradient of step_size
-    (0-d). Gradients are added to the leaves behind the images.
+    n. kept: steps that keep their graph; the others rebuild it on the way back, so that memory is
+    bounded. By default 500 images' worth on a CPU, 5,000 on a GPU, less two for the step at hand.
+    -> loss, gradient of step_size (0-d). Adds to the gradients of the leaves behind the images.
     """
     lr = step_size.detach()
     student = start
     tape = []
     if kept is None:
-        kept = (5000 if start.is_cuda else 400) // len(batch(0)[1])
+        kept = (5000 if start.is_cuda else 500) // len(batch(0)[1]) - 2
     for n in range(steps):
         keep = n >= steps - kept
         with torch.set_grad_enabled(keep):

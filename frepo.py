@@ -14,6 +14,8 @@ images and soft labels train a fresh network of this kind by squared error.
     python frepo.py                                # glyphs, drawn here: minutes on a CPU
     python frepo.py --dataset cifar10 --ipc 1      # the paper: 500,000 iterations, 46.8 +- 0.7 %
 
+Measured: 37.7 +- 0.5 % with --iterations 300 --lr 0.01 --batch-real 512.
+
 Not as in the authors' JAX code: no batch norm in the pool (there it follows the pooling; their
 PyTorch branch has none), torch's initialization (theirs: LeCun's), a mean over real images in L.
 """
