@@ -86,6 +86,7 @@ def parse_args(cls, presets, argv=None):
     ratio counts; a data set without presets takes CIFAR-10's, but for `zca`.
     """
     title = inspect.getmodule(cls).__doc__.partition("\n")[0]
+    title += " The presets of a data set replace the defaults in brackets."
     options = {"usage": "%(prog)s [--flag value]", "allow_abbrev": False, "exit_on_error": False}
     parser = argparse.ArgumentParser(description=title, **options)
     # one flag a field, with the comment above it as help
@@ -627,14 +628,15 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
 
     start, target: expert parameters (P,) at epochs t and t + M. batch(n) -> images, labels of step
     n. kept: steps that keep their graph; the others rebuild it on the way back, so that memory is
-    bounded. By default 500 images' worth on a CPU, 5,000 on a GPU, less two for the step at hand.
+    bounded. By default 500 images of 32x32 on a CPU, 5,000 on a GPU, less two steps.
     -> loss, gradient of step_size (0-d). Adds to the gradients of the leaves behind the images.
     """
     lr = step_size.detach()
     student = start
     tape = []
     if kept is None:
-        kept = (5000 if start.is_cuda else 500) // len(batch(0)[1]) - 2
+        pixels = 32 * 32 * (5000 if start.is_cuda else 500)
+        kept = pixels // batch(0)[0][:, 0].numel() - 2
     for n in range(steps):
         keep = n >= steps - kept
         with torch.set_grad_enabled(keep):
@@ -739,7 +741,7 @@ def frepo_protocol(count, augment=frepo_augment, weight_decay=0.0):
     """How FRePo and the translator train on `count` images; steps as in FRePo's code."""
     steps = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 10000, 2000: 40000}
     nearest = min(steps, key=lambda n: abs(math.log(count / n)))
-    epochs = steps[nearest] // math.ceil(nearest / 500)
+    epochs = steps[nearest] // math.ceil(count / 500)
     network = partial(ConvNet, norm=False, double=True)
     rest = {"regression": True, "weight_decay": weight_decay}
     return Protocol(network, augment, epochs=epochs, batch=500, lr=3e-4, **rest)
@@ -959,7 +961,7 @@ class Run:
         settings = {key: value for key, value in asdict(args).items() if key not in free}
         settings["data"] = data.preprocess.fingerprint
         if experts is not None:
-            settings["experts' weights"] = hashlib.sha256(experts.cpu().numpy()).hexdigest()
+            settings["experts or inputs"] = hashlib.sha256(experts.cpu().numpy()).hexdigest()
         self.record = {"settings": settings, "done": 0, "seconds": 0.0}
         self.record |= {"evaluations": [], "losses": []}
         if self.path.exists():
@@ -1003,6 +1005,8 @@ class Run:
         if self.evaluate and self.args.eval_every and done % self.args.eval_every == 0:
             self.record["evaluations"].append((done, round(self.evaluate(), 2)))
         last = done == self.args.iterations
+        if last or done % math.ceil(self.args.iterations / 100) == 0:
+            self.record["losses"].append((done, loss.item(), round(time.time() - self.began, 1)))
         if last or self.interrupted or time.time() - self.saved >= 60:
             self.save(loss.item())
         if last:
@@ -1019,7 +1023,6 @@ class Run:
             raise UserError(f"not finite at iteration {done}: use smaller learning rates")
         self.saved = time.time()
         self.seconds = self.record["seconds"] = self.saved - self.began
-        self.record["losses"].append((done, loss, round(self.seconds, 1)))
         save(self.record | {"state": state}, self.path)
         lines = [f"{n},{loss},{seconds}\n" for n, loss, seconds in self.record["losses"]]
         text = "iteration,loss,seconds\n" + "".join(lines)

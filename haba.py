@@ -251,7 +251,7 @@ def distill(data, args, path):
             features = adversary.features(images)
             cosine = F.cosine_similarity(*features.chunk(2)).mean() / 2
             weight = args.weight_cos
-            if not mtt:  # DM's and DC's gradients are 1e5 times that of L_cos
+            if not mtt:  # DM's gradient is 1e5 times that of L_cos
                 (gradient,) = torch.autograd.grad(cosine, factors.bases, retain_graph=True)
                 weight = weight * factors.bases.grad.norm() / gradient.norm()
             (weight * cosine).backward()

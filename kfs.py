@@ -179,6 +179,9 @@ def distill(data, args, path):
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.drops, gamma=0.2)
     state = {"codes": codes, "decoders": decoders, "optimizer": optimizer, "schedule": schedule}
 
+    if fixed:
+        state.pop("decoders")
+
     def evaluate():
         decoded = images_of(codes.detach(), decoders)
         return common.train_and_test(data, *decoded, protocol(vars(args)), args)

@@ -19,8 +19,8 @@ No code of the authors is known. As the paper says, what it does not print follo
 branch: no norm, torch's initialization, ridge 1e-6, mirror images, the hinge on labels, AdamW in
 scoring, Adam with a cosine to 10 % on images and labels. Ours: half the mean over real images as
 the loss (the paper: a sum), a width of 64 and constant rates for G, the number of a subset's
-synthetic images (uniform), loss and batch of the auto-encoder; in Alg. 1 the number and rate of
-steps and batches of real images (the paper: all).
+synthetic images (uniform), loss and batch of the auto-encoder, batches of real images (the paper:
+all; in Alg. 1 one inside and outside), mirrors for all budgets, number and rate of Alg. 1's steps.
 """
 
 import math
@@ -91,6 +91,7 @@ class Args(common.Args):
 PRESETS = {
     ("cifar10", 1): {},
     ("mnist", 1): dict(zca=False),
+    ("fashionmnist", 1): dict(zca=False),
     ("glyphs", 1): dict(zca=False, iterations=200, lr=0.01, adapt_steps=60, lr_adapt=1e-3)
     | dict(batch_real=256, ae_steps=200, outer_steps=10, inner_steps=4, runs=3, epochs=300),
 }
@@ -200,7 +201,8 @@ def cached_subset(data, n, args):
         args = replace(args, ipc=ipc, down_sample=False)
         images, labels, run = distill_in_one_network(build_network(data), larger, args, path)
         common.save([images.cpu(), labels.cpu()], path)
-        run.path.unlink(missing_ok=True)  # the checkpoint is three times as large
+        for extra in (run.path, run.path.with_suffix(".csv")):
+            extra.unlink(missing_ok=True)
 
     images, labels = common.load(path, "a cached subset")
     return subset, images.to(data.device), labels.to(data.device)
@@ -244,7 +246,7 @@ def bilevel_loss(theta, net, data, args, i, alpha=2.0):
     return random_network_loss(net, images, labels, data, args, *key)
 
 
-def train(module, loss_of, steps, lr, data, args, path, batch=1):
+def train(module, loss_of, steps, lr, data, args, path, batch=1, inputs=None):
     """Train by Adam, each step on the mean of `batch` losses, and write `path` -> seconds.
 
     Pre-training, auto-encoder, adaptation and Alg. 1 differ in loss_of(i) alone; i counts losses.
@@ -252,7 +254,7 @@ def train(module, loss_of, steps, lr, data, args, path, batch=1):
     module.requires_grad_(True)
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
     state = {"module": module, "optimizer": optimizer}
-    run = common.Run(path, data, replace(args, iterations=steps), state)
+    run = common.Run(path, data, replace(args, iterations=steps), state, experts=inputs)
 
     for step in range(run.start, steps):
         optimizer.zero_grad()
@@ -299,10 +301,7 @@ def pretrain(data, args):
 
 
 def distill(data, args, path):
-    """Distill `data` in one network and translate -> content of the distilled file `path`.
-
-    An adapted translator is written beside it, for other budgets (Fig. 4c).
-    """
+    """Distill and translate -> content of `path`; <stem>_adapted.pt: G for other budgets."""
     theta = build_network(data)
     net = build_network(data)  # theta', drawn anew in each use
     translator = build_translator(data, args)
@@ -323,7 +322,9 @@ def distill(data, args, path):
     if args.mode in ADAPTED:
         loss_of = partial(adaptation_loss, translator, net, images, labels, data, args)
         file = path.with_name(f"{path.stem}_adapted.pt")
-        seconds += train(translator, loss_of, args.adapt_steps, args.lr_adapt, data, args, file)
+        inputs = torch.cat([images.flatten(), labels.flatten(), common.flatten(translator)])
+        rest = (data, args, file, 1, inputs)
+        seconds += train(translator, loss_of, args.adapt_steps, args.lr_adapt, *rest)
     with torch.no_grad():
         images = translator(images)
     run.seconds += seconds

@@ -300,6 +300,7 @@ def test_learning_rate(tmp_path):
     for count, expected in steps.items():
         p = common.frepo_protocol(count)
         assert p.epochs * math.ceil(count / p.batch) == expected and p.regression and p.lr == 3e-4
+    assert common.frepo_protocol(5000).epochs * 10 == 40000
 
 
 @pytest.mark.parametrize("regression", [False, True])

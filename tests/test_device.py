@@ -54,7 +54,7 @@ def mode(monkeypatch):
     class Run:
         start = 0
 
-        def __init__(self, path, data, args, *_):
+        def __init__(self, path, data, args, *_, **__):
             self.iterations, mode.inside = args.iterations, True
 
         def step(self, it, loss):
