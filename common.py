@@ -948,11 +948,11 @@ class Run:
     """A distillation that can be stopped and continued.
 
     state: {name: tensor, module or optimizer}, restored in place from the checkpoint of an earlier
-    run with the same settings and experts; `iterations` may be more. evaluate() -> accuracy, every
-    args.eval_every iterations. Raises UserError.
+    run with the same settings and inputs (a tensor, e.g. the experts); `iterations` may be more.
+    evaluate() -> accuracy, every args.eval_every iterations. Raises UserError.
     """
 
-    def __init__(self, path, data, args, state, evaluate=None, experts=None):
+    def __init__(self, path, data, args, state, evaluate=None, inputs=None):
         self.path = path.with_suffix(".ckpt")
         self.args = args
         self.state = state
@@ -960,8 +960,8 @@ class Run:
         free = ("data_dir", "device", "out", "iterations", "runs", "epochs", "scoring")
         settings = {key: value for key, value in asdict(args).items() if key not in free}
         settings["data"] = data.preprocess.fingerprint
-        if experts is not None:
-            settings["experts or inputs"] = hashlib.sha256(experts.cpu().numpy()).hexdigest()
+        if inputs is not None:
+            settings["experts or inputs"] = hashlib.sha256(inputs.cpu().numpy()).hexdigest()
         self.record = {"settings": settings, "done": 0, "seconds": 0.0}
         self.record |= {"evaluations": [], "losses": []}
         if self.path.exists():

@@ -405,8 +405,7 @@ def export(path, folder, args):
     for name, index in zip(data.classes, by_class, strict=True):
         for i, image in enumerate(pixels[index]):
             place = pathlib.Path(folder) / name.replace("/", "-") / f"{i:03d}.png"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            torchvision.io.write_png(image, str(place))
+            common.save(torchvision.io.encode_png(image).numpy().tobytes(), place)
     columns = min([10] + [len(index) for index in by_class if len(index)])
     shown = images[torch.cat([index[:columns] for index in by_class])]
     common.save_grid(pathlib.Path(folder) / "grid.png", data, shown, columns)

@@ -173,8 +173,11 @@ class FactorizedSet(nn.Module):
 
     def forward(self, index, j):
         """Bases `index` (b,), enlarged, through hallucinator j -> images (b, c, h, w)."""
-        bases = F.interpolate(self.bases, self.shape[1:], mode="bilinear")
         modules = self.hallucinators[j]
+        bases = self.bases
+        if len(modules) == 1:
+            bases, index = bases[index], slice(None)
+        bases = F.interpolate(bases, self.shape[1:], mode="bilinear")
         parts = zip(modules, bases.chunk(len(modules)), strict=True)
         images = torch.cat([module(part) for module, part in parts])
         return images[index].expand(-1, self.shape[0], -1, -1)
@@ -299,11 +302,12 @@ def match_classes(net, factors, data, args, it):
     Siamese DSA. All hallucinators take part: two would bias the mean features (KFS Eq. 2).
     """
     images = factors.everything()
+    leaf = images.detach().requires_grad_()  # collects the gradient of all classes
     if args.objective == "dm" or it % args.matches == 0:
         net.reset(args.seed, it)
     else:  # train the network on the set (survey Eq. 20)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        rest = (data, images.detach(), factors.labels, args.seed, it - 1)
+        rest = (data, leaf.detach(), factors.labels, args.seed, it - 1)
         for epoch in range(args.net_epochs):
             common.train_epoch(net, optimizer, *rest, epoch, augment=args.augment)
 
@@ -314,10 +318,11 @@ def match_classes(net, factors, data, args, it):
     for c in range(classes):
         key = (data.flip, args.seed, it, c)
         theirs = args.augment(real.chunk(classes)[c], *key, shared=True)
-        ours = args.augment(images.chunk(classes, 1)[c].flatten(0, 1), *key, shared=True)
+        ours = args.augment(leaf.chunk(classes, 1)[c].flatten(0, 1), *key, shared=True)
         loss = distance(net, theirs, ours, c)
-        loss.backward(inputs=list(factors.parameters()), retain_graph=True)
+        loss.backward(inputs=[leaf])
         total = total + loss.detach()
+    images.backward(leaf.grad)
     return total
 
 

@@ -177,10 +177,9 @@ def distill(data, args, path):
     groups += [{"params": list(decoders.parameters()), "lr": args.lr_decoders}]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.drops, gamma=0.2)
-    state = {"codes": codes, "decoders": decoders, "optimizer": optimizer, "schedule": schedule}
-
-    if fixed:
-        state.pop("decoders")
+    state = {"codes": codes, "optimizer": optimizer, "schedule": schedule}
+    if not fixed:  # those of the file are never taken from a checkpoint
+        state["decoders"] = decoders
 
     def evaluate():
         decoded = images_of(codes.detach(), decoders)

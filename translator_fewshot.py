@@ -254,7 +254,7 @@ def train(module, loss_of, steps, lr, data, args, path, batch=1, inputs=None):
     module.requires_grad_(True)
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
     state = {"module": module, "optimizer": optimizer}
-    run = common.Run(path, data, replace(args, iterations=steps), state, experts=inputs)
+    run = common.Run(path, data, replace(args, iterations=steps), state, inputs=inputs)
 
     for step in range(run.start, steps):
         optimizer.zero_grad()
@@ -323,8 +323,8 @@ def distill(data, args, path):
         loss_of = partial(adaptation_loss, translator, net, images, labels, data, args)
         file = path.with_name(f"{path.stem}_adapted.pt")
         inputs = torch.cat([images.flatten(), labels.flatten(), common.flatten(translator)])
-        rest = (data, args, file, 1, inputs)
-        seconds += train(translator, loss_of, args.adapt_steps, args.lr_adapt, *rest)
+        rest = (args.adapt_steps, args.lr_adapt, data, args, file)
+        seconds += train(translator, loss_of, *rest, inputs=inputs)
     with torch.no_grad():
         images = translator(images)
     run.seconds += seconds
