@@ -14,13 +14,12 @@ import json
 import math
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from typing import Literal, get_args
@@ -33,6 +32,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
+from torchvision.transforms.functional import pil_to_tensor
 
 # ------------------------------------------------------------ settings and command line
 
@@ -41,35 +41,26 @@ class UserError(Exception):
     """Invalid user input; shown as one line, exit status 2."""
 
 
+def arg(default, text):
+    """A setting: default and help text. An integer may be 0 if the text has "0:"."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class Args:
-    """Settings of every method. The comment above a field is its help text.
+    """Settings of every method. Each is a flag."""
 
-    An integer may be 0 if its comment has "0:".
-    """
-
-    # glyphs (drawn here), cifar10, cifar100, svhn, mnist, fashionmnist, or a folder of images
-    dataset: str = "glyphs"
-    # folder of data sets, experts and caches
-    data_dir: str = "data"
-    # resize the images to squares of this side; 0: keep
-    size: int = 0
-    # whiten the images
-    zca: bool = False
-    # seed of all random numbers; 0: not in the names of files
-    seed: int = 0
-    # auto: a GPU if there is one
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    # folder for the distilled file, its picture, the checkpoint and results.jsonl
-    out: str = "out"
-    # iterations of the distillation; 0: none
-    iterations: int = 1000
-    # networks trained for the score
-    runs: int = 5
-    # epochs of each of them; 0: the protocol's
-    epochs: int = 0
-    # score one network every so many iterations; 0: at the end only
-    eval_every: int = 0
+    dataset: str = arg("glyphs", "glyphs, cifar10, cifar100, svhn, mnist, fashionmnist or a folder")
+    data_dir: str = arg("data", "folder of data sets, experts and caches")
+    size: int = arg(0, "resize the images to squares of this side; 0: keep")
+    zca: bool = arg(False, "whiten the images")
+    seed: int = arg(0, "seed of all random numbers; 0: not in the names of files")
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "auto: a GPU if there is one")
+    out: str = arg("out", "folder for the distilled file, picture, checkpoint and results.jsonl")
+    iterations: int = arg(1000, "iterations of the distillation; 0: none")
+    runs: int = arg(5, "networks trained for the score")
+    epochs: int = arg(0, "epochs of each of them; 0: the protocol's")
+    eval_every: int = arg(0, "score one network every so many iterations; 0: at the end only")
 
     whitening = "zca"  # the kind of Preprocess
 
@@ -86,33 +77,31 @@ def parse_args(cls, presets, argv=None):
     ratio counts; a data set without presets takes CIFAR-10's, but for `zca`.
     """
     title = inspect.getmodule(cls).__doc__.partition("\n")[0]
-    title += " The presets of a data set replace the defaults in brackets."
     options = {"usage": "%(prog)s [--flag value]", "allow_abbrev": False, "exit_on_error": False}
+    options["epilog"] = "The presets of a data set replace the defaults in brackets."
     parser = argparse.ArgumentParser(description=title, **options)
-    # one flag a field, with the comment above it as help
-    source = "".join(inspect.getsource(base) for base in cls.__mro__[-2::-1])
-    comments = re.findall(r"# (.*)\n +(\w+): ", source)
-    flags = {"--" + name.replace("_", "-"): text for text, name in comments}
-    for (flag, text), field in zip(flags.items(), fields(cls), strict=True):
-        options = {"type": type(field.default), "choices": get_args(field.type) or None}
-        if field.type is bool:
+    flags = {"--" + setting.name.replace("_", "-"): setting for setting in fields(cls)}
+    helps = {flag: setting.metadata["help"] for flag, setting in flags.items()}
+    for flag, setting in flags.items():
+        options = {"type": type(setting.default), "choices": get_args(setting.type) or None}
+        if setting.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        if field.type is tuple:
+        elif setting.type is tuple:
             options = {"type": int, "nargs": "*"}
-        text = f"{text} [{field.default}]"
+        text = f"{helps[flag]} [{setting.default}]"
         parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
 
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0], flags, n=1)
-        hint = "".join(f", or {flag} ({flags[flag]})" for flag in near)
+        hint = "".join(f", or {flag} ({helps[flag]})" for flag in near)
         raise UserError(f"unknown argument {unknown[0]}: see --help{hint}")
     given = vars(known)
     args = cls(**given)
-    for (flag, text), field in zip(flags.items(), fields(cls), strict=True):
-        value = getattr(args, field.name)
-        least = int(field.type is int and "0:" not in text)
-        if field.type in (int, float) and not least <= value < math.inf:
+    for flag, setting in flags.items():
+        value = getattr(args, setting.name)
+        least = int(setting.type is int and "0:" not in helps[flag])
+        if setting.type in (int, float) and not least <= value < math.inf:
             raise UserError(f"{flag} {value}: use {least} or more")
 
     # the preset of this data set, or of CIFAR-10, with the nearest budget
@@ -120,8 +109,7 @@ def parse_args(cls, presets, argv=None):
     name = pathlib.Path(args.dataset).name
     own = [key for key in presets if key[0] == name]
     similar = own or [key for key in presets if key[0] == "cifar10"]
-    nearest = min(similar, key=lambda key: abs(math.log(args.per_class / key[1])))
-    preset = presets[nearest]
+    preset = presets[min(similar, key=lambda key: abs(math.log(args.per_class / key[1])))]
     if not own:
         preset = preset | {"zca": cls.zca}
     args = cls(**(preset | given))
@@ -136,9 +124,7 @@ def run(main):
     except KeyboardInterrupt as stop:
         message = str(stop) or "stopped: the same command continues"
         status = 130
-    except (UserError, argparse.ArgumentError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
+    except (UserError, argparse.ArgumentError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).partition("\n")[0]
         status = 2
     print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -225,8 +211,6 @@ class Dataset:
 
 def load_dataset(args, name=None, kind=None):
     """Load and preprocess args.dataset, or `name` -> Dataset. kind: see Preprocess."""
-    name = name or args.dataset
-    kind = kind or (args.whitening if args.zca else "standardize")
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -234,22 +218,21 @@ def load_dataset(args, name=None, kind=None):
         raise UserError("--device cuda is not available: use --device cpu")
     torch.backends.cudnn.benchmark = True  # by torch's defaults, convolutions alone use TF32
 
+    name = name or args.dataset
     *arrays, classes = read_images(name, args)
     train, train_labels, test, test_labels = (array.to(device) for array in arrays)
     height, width = train.shape[2:]
     if height != width or not 16 <= height <= 256:
         raise UserError(f"{name} has images of {width}x{height}: add --size 32 (or 64, 128)")
     name = pathlib.Path(name).name
+    kind = kind or (args.whitening if args.zca else "standardize")
     preprocess = Preprocess.fit(name, train, kind, args.data_dir)
     train, test = preprocess(train), preprocess(test)
     return Dataset(name, classes, train, train_labels, test, test_labels, preprocess)
 
 
 def read_images(name, args):
-    """Read uint8 pixels -> training images, labels, test images, labels, classes.
-
-    A folder is decoded once and cached.
-    """
+    """Read uint8 pixels, cached -> training images, labels, test images, labels, classes."""
     if name == "glyphs":
         return [*draw_glyphs(500, 0)[:2], *draw_glyphs(50, 1)]
     try:
@@ -257,11 +240,8 @@ def read_images(name, args):
         files = [path for split in splits for path, _ in getattr(split, "samples", [])]
         stamp = hash_int(name, args.size, [(path, os.stat(path).st_mtime_ns) for path in files])
         path = pathlib.Path(args.data_dir) / ".cache" / f"images_{stamp:016x}.pt"
-        decode = partial(decode_images, splits, args.size)
-        arrays = cached(path, decode) if files else decode()
-    except ValueError:
-        raise UserError(f"images in {name} differ in size: add --size 32 (or 64, 128)") from None
-    except (OSError, RuntimeError, SyntaxError, ImportError) as error:
+        arrays = cached(path, partial(decode_images, splits, args.size))
+    except (OSError, ValueError, RuntimeError, SyntaxError, ImportError) as error:
         raise UserError(f"{name} cannot be read: {str(error).partition('. ')[0]}") from None
     classes, held_out = (list(getattr(split, "classes", "0123456789")) for split in splits)
     if len(classes) < 2 or classes != held_out:
@@ -287,13 +267,13 @@ def decode_images(splits, size):
     """Decode, and resize if size > 0 -> [pixels (n, c, h, w), labels (n,)] of all splits."""
     arrays = []
     for split in splits:
-        if size:
-            split.transform = partial(ImageOps.fit, size=(size, size))
         images, labels = zip(*split, strict=True)
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        # gray images have no axis of channels
-        pixels = pixels.view(*pixels.shape[:3], -1)
-        arrays += [pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)]
+        if size:
+            images = [ImageOps.fit(image, (size, size)) for image in images]
+        if len({image.size for image in images}) > 1:
+            raise ValueError("its images differ in size: add --size 32 (or 64, 128)")
+        pixels = torch.stack([pil_to_tensor(image) for image in images])
+        arrays += [pixels, torch.tensor(labels)]
     return arrays
 
 
@@ -342,12 +322,10 @@ class Preprocess:
         """Fit to uint8 training pixels. ZCA matrices are cached. Raises UserError."""
         total = pixels.sum(0, dtype=torch.int64)
         fingerprint = f"{kind}-{hash_int(len(pixels), total.flatten().tolist()):016x}"
+        std, mean = torch.std_mean(pixels / 255, (0, 2, 3))
         if name in STATS:
-            mean, std = torch.tensor(STATS[name][1:], device=pixels.device)[..., None, None]
-        else:
-            std, mean = torch.std_mean(pixels / 255, (0, 2, 3))
-            std = std.clamp_min(0.01)[:, None, None]
-            mean = mean[:, None, None]
+            mean, std = torch.tensor(STATS[name][1:], device=pixels.device)
+        mean, std = mean[:, None, None], std.clamp_min(0.01)[:, None, None]
         if kind == "standardize":
             return cls(kind, fingerprint, mean, std)
 
@@ -491,15 +469,14 @@ class ConvNet(nn.Module):
         size += 2 * (pad - 1)
         depth = max(1, round(math.log2(size)) - 2)
         self.kind = f"{'frepo-' * double}convnet{depth}"
-        blocks = []
+        self.blocks = nn.Sequential()
         for i in range(depth):
-            blocks.append(nn.Conv2d(channels, width, 3, padding=1 if i else pad))
+            self.blocks.append(nn.Conv2d(channels, width, 3, padding=1 if i else pad))
             if norm:
-                blocks.append(nn.GroupNorm(width, width))  # as many groups as channels
-            blocks += [nn.ReLU(), AvgPool()]
+                self.blocks.append(nn.GroupNorm(width, width))  # as many groups as channels
+            self.blocks.extend([nn.ReLU(), AvgPool()])
             channels, size = width, size // 2
             width *= 1 + double
-        self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(channels * size * size, classes)
 
     def reset(self, *key):
@@ -539,45 +516,21 @@ def unflatten(net, flat):
     return {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
 
 
-def train_epoch(
-    net, optimizer, data, images, labels, *key, augment=dsa, mix=None, batch=256, loss=None
-):
-    """Train for an epoch on (V, n, c, h, w): V variants of n images, one drawn at each use.
-
-    mix(images, labels, *key) -> images, labels of a batch, after `augment`.
-    """
-    seed(*key)
-    order = torch.randperm(len(labels), device=data.device)
-    variants = torch.randint(len(images), order.shape, device=data.device)
-    for step, (i, v) in enumerate(zip(order.split(batch), variants.split(batch), strict=True)):
-        inputs, targets = augment(images[v, i], data.flip, *key, step), labels[i]
-        if mix:
-            inputs, targets = mix(inputs, targets, *key, step)
-        with autocast(data.device):
-            value = (loss or F.cross_entropy)(net(inputs).float(), targets)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-
-
 # ------------------------------------------------------------ trajectories (MTT, HaBa)
 
 
 def load_experts(data, args):
     """Load expert trajectories (MTT Sec. 3.1), train missing ones -> (experts, epochs + 1, P).
 
-    A file holds an expert's parameters at the start and after each epoch. Experts of the own seed
-    come first, then others, then new ones. With --iterations 0 all are of the own seed: so tasks of
-    an array job fill one folder.
+    A file holds an expert's parameters at the start and after each epoch. Experts of other seeds
+    serve as well, but not with --iterations 0: so tasks of an array job fill one folder.
     """
     epochs = args.max_start - 1 + args.expert_epochs
     folder = pathlib.Path(args.data_dir) / "experts" / f"{data.name}_{data.preprocess.fingerprint}"
-    names = [f"seed{args.seed}_expert{i:03d}.pt" for i in range(args.experts)]
-    if args.iterations:
-        there = {path.name for path in folder.glob("seed*_expert*.pt")}
-        own = set(names)
-        names = sorted(there | own, key=lambda name: (name not in there, name not in own, name))
-    return torch.stack([train_expert(data, folder / n, epochs) for n in names[: args.experts]])
+    own = [folder / f"seed{args.seed}_expert{i:03d}.pt" for i in range(args.experts)]
+    others = sorted(set(folder.glob("seed*.pt")) - set(own)) if args.iterations else []
+    paths = sorted(own + others, key=lambda path: not path.exists())
+    return torch.stack([train_expert(data, path, epochs) for path in paths[: args.experts]])
 
 
 def train_expert(data, path, epochs):
@@ -591,7 +544,8 @@ def train_expert(data, path, epochs):
     done = len(trajectory) - 1
     progress = Progress(epochs, path.stem, done)
     for epoch in range(done, epochs):
-        train_epoch(net, optimizer, data, data.train[None], data.train_labels, path.stem, epoch)
+        real = data.train[None], data.train_labels
+        train_epoch(net, optimizer, data, *real, Protocol(), path.stem, epoch)
         trajectory = torch.cat([trajectory, flatten(net)[None]])
         save(trajectory.cpu(), path)
         progress.step()
@@ -679,13 +633,8 @@ def krr(support, labels, target, ridge=1e-6):
 
 
 def half_square(predicted, labels):
-    """Half the squared error, summed over classes, mean over images."""
+    """Half the squared error, summed over classes, mean over images (survey Eq. 17)."""
     return 0.5 * (predicted - labels).square().sum(1).mean()
-
-
-def nfr_loss(support, labels, target, target_labels, ridge=1e-6):
-    """Neural feature regression (survey Eq. 17, translator Eq. 2): the error of `krr`."""
-    return half_square(krr(support, labels, target, ridge), target_labels)
 
 
 def center_labels(labels, classes, scale=1.0):
@@ -697,11 +646,6 @@ def margin_loss(labels):
     """FRePo's hinge on soft labels (n, C): minus the margin of the two largest, at most 1 / C."""
     first, second = labels.topk(2).values.T
     return -(first - second).clamp(max=1 / labels.shape[1]).mean()
-
-
-def cosine(step, steps):
-    """Factor of FRePo's learning rate: from 1 to 0.1."""
-    return 0.55 + 0.45 * math.cos(math.pi * min(step / max(steps, 1), 1))
 
 
 # ------------------------------------------------------------ scoring
@@ -747,15 +691,31 @@ def frepo_protocol(count, augment=frepo_augment, weight_decay=0.0):
     return Protocol(network, augment, epochs=epochs, batch=500, lr=3e-4, **rest)
 
 
+def train_epoch(net, optimizer, data, images, labels, protocol, *key):
+    """Train for an epoch on (V, n, c, h, w): V variants of n images, one drawn at each use."""
+    seed(*key)
+    order = torch.randperm(len(labels), device=data.device)
+    variants = torch.randint(len(images), order.shape, device=data.device)
+    loss = half_square if protocol.regression else F.cross_entropy
+    batches = zip(order.split(protocol.batch), variants.split(protocol.batch), strict=True)
+    for step, (i, v) in enumerate(batches):
+        inputs, targets = protocol.augment(images[v, i], data.flip, *key, step), labels[i]
+        if protocol.mix:
+            inputs, targets = protocol.mix(inputs, targets, *key, step)
+        with autocast(data.device):
+            value = loss(net(inputs).float(), targets)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+
+
 def train(data, images, labels, protocol, *key):
     """Train a fresh network -> network. images (V, n, c, h, w), labels (n,) or soft (n, C)."""
     classes = len(data.classes)
     seed(*key)
     net = protocol.network(data.shape, classes).to(data.device)
-    options = {"augment": protocol.augment, "mix": protocol.mix, "batch": protocol.batch}
     decay = protocol.weight_decay
     if protocol.regression:
-        options["loss"] = half_square
         optimizer = torch.optim.AdamW(net.parameters(), weight_decay=decay)
     else:
         optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, weight_decay=decay)
@@ -766,7 +726,7 @@ def train(data, images, labels, protocol, *key):
     progress = Progress(protocol.epochs, "training epochs")
     for epoch in range(protocol.epochs):
         optimizer.param_groups[0]["lr"] = protocol.rate(epoch, len(labels))
-        train_epoch(net, optimizer, data, images, labels, *key, epoch, **options)
+        train_epoch(net, optimizer, data, images, labels, protocol, *key, epoch)
         progress.step()
     return net.eval()
 
@@ -795,11 +755,11 @@ def score(data, distilled, images, labels, protocol, args):
     field = protocol if protocol.regression else Protocol(protocol.network)
     storage = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
     storage = min(storage, data.smallest_class)
-    step_size = distilled["step_size"]
     began = time.time()
     ours = []
     random = []
     for k in range(args.runs):
+        step_size = distilled["step_size"]
         ours.append(train_and_test(data, images, labels, protocol, args, step_size, k))
         real, real_labels = data.sample(storage, args.seed, "random real", k)
         random.append(train_and_test(data, real[None], real_labels, field, args, None, k))
@@ -828,11 +788,11 @@ def score(data, distilled, images, labels, protocol, args):
 
 def append_row(row, device, folder):
     """Add hardware, torch version, commit and command, append to folder/results.jsonl."""
-    cuda = device.type == "cuda"
-    hardware = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    git = "git describe --always --dirty=+"
-    options = {"shell": True, "capture_output": True, "text": True}
-    commit = subprocess.run(git, cwd=pathlib.Path(__file__).parent, **options).stdout.strip()
+    hardware = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    git = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty=+"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     command = " ".join(["python", *sys.argv])
     row |= dict(hardware=hardware, torch=torch.__version__, commit=commit, command=command)
     with open(pathlib.Path(folder) / "results.jsonl", "a") as file:
@@ -873,11 +833,12 @@ def cached(path, make):
 
 def output_path(method, args):
     """Make the folder args.out -> path of the distilled file, e.g. out/dm_cifar10_ipc10.pt."""
-    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-    budget = f"bpc{args.bpc}" if hasattr(args, "bpc") else f"ipc{args.ipc}"
+    folder = pathlib.Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = "bpc" if hasattr(args, "bpc") else "ipc"
     suffix = f"_seed{args.seed}" if args.seed else ""
-    name = f"{method}_{pathlib.Path(args.dataset).name}_{budget}{suffix}.pt"
-    return pathlib.Path(args.out) / name
+    dataset = pathlib.Path(args.dataset).name
+    return folder / f"{method}_{dataset}_{budget}{args.per_class}{suffix}.pt"
 
 
 def save_distilled(path, data, args, tensors, run, step_size=None):
@@ -900,7 +861,7 @@ def save_distilled(path, data, args, tensors, run, step_size=None):
         "step_size": step_size,
         "settings": asdict(args),
         "iterations": args.iterations,
-        "seconds": round(run.seconds, 1),
+        "seconds": round(run.record["seconds"], 1),
         "evaluations": run.record["evaluations"],
     }
     distilled |= {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
@@ -957,9 +918,9 @@ class Run:
         self.args = args
         self.state = state
         self.evaluate = evaluate
-        free = ("data_dir", "device", "out", "iterations", "runs", "epochs", "scoring")
-        settings = {key: value for key, value in asdict(args).items() if key not in free}
-        settings["data"] = data.preprocess.fingerprint
+        settings = asdict(args) | {"data": data.preprocess.fingerprint}
+        for name in ("data_dir", "device", "out", "iterations", "runs", "epochs", "scoring"):
+            settings.pop(name, None)
         if inputs is not None:
             settings["experts or inputs"] = hashlib.sha256(inputs.cpu().numpy()).hexdigest()
         self.record = {"settings": settings, "done": 0, "seconds": 0.0}
@@ -971,10 +932,9 @@ class Run:
                 raise UserError(f"{self.path} is not from this script: remove it") from None
 
         self.start = self.record["done"]
-        self.seconds = self.record["seconds"]
         self.progress = Progress(args.iterations, "iterations", self.start)
         self.saved = time.time()
-        self.began = self.saved - self.seconds
+        self.began = self.saved - self.record["seconds"]
         self.interrupted = False
         if self.start < args.iterations:
             signal.signal(signal.SIGINT, self.interrupt)
@@ -1022,7 +982,7 @@ class Run:
         if not math.isfinite(loss) or not all(t.isfinite().all() for t in tensors):
             raise UserError(f"not finite at iteration {done}: use smaller learning rates")
         self.saved = time.time()
-        self.seconds = self.record["seconds"] = self.saved - self.began
+        self.record["seconds"] = self.saved - self.began
         save(self.record | {"state": state}, self.path)
         lines = [f"{n},{loss},{seconds}\n" for n, loss, seconds in self.record["losses"]]
         text = "iteration,loss,seconds\n" + "".join(lines)

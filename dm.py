@@ -22,18 +22,15 @@ from functools import partial
 import torch
 
 import common
+from common import arg
 
 
 @dataclass
 class Args(common.Args):
-    # synthetic images a class
-    ipc: int = 1
-    # iterations of the distillation
-    iterations: int = 20000
-    # real images a class in an iteration, |B_c|
-    batch_real: int = 256
-    # learning rate of the pixels (SGD, momentum 0.5)
-    lr: float = 1.0
+    ipc: int = arg(1, "synthetic images a class")
+    iterations: int = arg(20000, "iterations of the distillation")
+    batch_real: int = arg(256, "real images a class in an iteration, |B_c|")
+    lr: float = arg(1.0, "learning rate of the pixels (SGD, momentum 0.5)")
 
 
 PRESETS = {

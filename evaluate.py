@@ -18,6 +18,7 @@ import contextlib
 import csv
 import functools
 import importlib
+import io
 import itertools
 import json
 import pathlib
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.transforms.functional import to_pil_image
 
 import common
 
@@ -201,11 +203,12 @@ def learn_features(data, args):
     """
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(args.seed, "features")
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    real = (data.train[None], data.train_labels, common.Protocol())
     progress = common.Progress(FEATURE_EPOCHS, "epochs for core-sets")
     forgotten = torch.rand(len(data.train), device=data.device)  # breaks ties at random
     correct = torch.zeros_like(forgotten).bool()
     for epoch in range(FEATURE_EPOCHS):
-        common.train_epoch(net, sgd, data, data.train[None], data.train_labels, args.seed, epoch)
+        common.train_epoch(net, sgd, data, *real, args.seed, epoch)
         features = common.features(net, data.train)
         with torch.no_grad(), common.autocast(data.device):
             wrong = net.classifier(features).argmax(1) != data.train_labels
@@ -405,7 +408,9 @@ def export(path, folder, args):
     for name, index in zip(data.classes, by_class, strict=True):
         for i, image in enumerate(pixels[index]):
             place = pathlib.Path(folder) / name.replace("/", "-") / f"{i:03d}.png"
-            common.save(torchvision.io.encode_png(image).numpy().tobytes(), place)
+            png = io.BytesIO()
+            to_pil_image(image).save(png, "png")
+            common.save(png.getvalue(), place)
     columns = min([10] + [len(index) for index in by_class if len(index)])
     shown = images[torch.cat([index[:columns] for index in by_class])]
     common.save_grid(pathlib.Path(folder) / "grid.png", data, shown, columns)

@@ -28,34 +28,23 @@ import torch
 from torch import nn
 
 import common
+from common import arg
 
 
 @dataclass
 class Args(common.Args):
-    # synthetic images a class
-    ipc: int = 1
-    # iterations of the distillation
-    iterations: int = 500000
-    # whiten the images
-    zca: bool = True
-    # learning rate of images and labels (LAMB), falling to a tenth by a cosine
-    lr: float = 3e-4
-    # real images in an iteration, |X_t|
-    batch_real: int = 1024
-    # lambda, in units of trace(K_ss) / n
-    ridge: float = 1e-6
-    # networks in the pool
-    pool: int = 10
-    # steps after which a network is replaced
-    max_age: int = 100
-    # learning rate of the networks (Adam)
-    lr_pool: float = 3e-4
-    # synthetic images in a step of a network, at most
-    batch_pool: int = 500
-    # use mirror images of the synthetic images as well
-    mirror: bool = True
-    # weight of the hinge on the labels' margin
-    weight_margin: float = 1.0
+    ipc: int = arg(1, "synthetic images a class")
+    iterations: int = arg(500000, "iterations of the distillation")
+    zca: bool = arg(True, "whiten the images")
+    lr: float = arg(3e-4, "learning rate of images, labels (LAMB), falling to 10 % by a cosine")
+    batch_real: int = arg(1024, "real images in an iteration, |X_t|")
+    ridge: float = arg(1e-6, "lambda, in units of trace(K_ss) / n")
+    pool: int = arg(10, "networks in the pool")
+    max_age: int = arg(100, "steps after which a network is replaced")
+    lr_pool: float = arg(3e-4, "learning rate of the networks (Adam)")
+    batch_pool: int = arg(500, "synthetic images in a step of a network, at most")
+    mirror: bool = arg(True, "use mirror images of the synthetic images as well")
+    weight_margin: float = arg(1.0, "weight of the hinge on the labels' margin")
 
     whitening = "zca-trace"
 
@@ -108,8 +97,6 @@ def distill(data, args, path):
     images.requires_grad_()
     labels.requires_grad_()
     optimizer = Lamb([images, labels], args.lr)
-    decay = partial(common.cosine, steps=args.iterations)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     networks = [
         common.ConvNet(data.shape, classes, norm=False, double=True) for _ in range(args.pool)
     ]
@@ -120,7 +107,7 @@ def distill(data, args, path):
     # The first networks have shorter lives, so that they are not all replaced at once.
     ages = torch.arange(args.pool) * args.max_age // args.pool
 
-    state = {"images": images, "labels": labels, "optimizer": optimizer, "schedule": schedule}
+    state = {"images": images, "labels": labels, "optimizer": optimizer}
     state |= {"pool": pool, "pool_optimizer": pool_optimizer, "ages": ages}
     distilled_set = (images.detach()[None], labels.detach(), protocol(None, len(images)))
     evaluate = partial(common.train_and_test, data, *distilled_set, args)
@@ -137,11 +124,13 @@ def distill(data, args, path):
         if args.mirror and data.flip:
             support, support_labels = torch.cat([images, images.flip(3)]), labels.repeat(2, 1)
         truth = common.center_labels(real_labels, classes)
-        loss = common.nfr_loss(net.features(support), support_labels, target, truth, args.ridge)
+        predicted = common.krr(net.features(support), support_labels, target, args.ridge)
+        loss = common.half_square(predicted, truth)
+        decay = 0.55 + 0.45 * math.cos(math.pi * it / args.iterations)
+        optimizer.param_groups[0]["lr"] = args.lr * decay
         optimizer.zero_grad()
         (loss + args.weight_margin * common.margin_loss(labels)).backward()
         optimizer.step()
-        schedule.step()
 
         # Eq. 18: a step of the network on the synthetic set; old networks are replaced
         net.requires_grad_(True)

@@ -30,62 +30,37 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+from common import arg
 
 
 @dataclass
 class Args(common.Args):
-    # bases a class, |B| / C
-    bpc: int = 1
-    # L_DD: MTT's, DM's or DC's (Tab. 2)
-    objective: Literal["mtt", "dm", "dc"] = "mtt"
-    # iterations of the distillation; 0: train the experts only
-    iterations: int = 15000
-    # |H|: hallucinators; 0: bases are images, enlarged (with the optimizer of HaBa, not of MTT)
-    hallucinators: int = 5
-    # each class has |H| hallucinators of its own (Tab. 5)
-    class_hallucinators: bool = False
-    # all hallucinators share encoder and decoder (supplement Tab. 5)
-    share_conv: bool = False
-    # conv-ReLU blocks in the encoder, and in the decoder
-    depth: Literal[0, 1, 2, 3] = 1
-    # c'': channels of the first block; 0: as the image, 8 from depth 2 on
-    channels: int = 0
-    # c': channels of a basis; 0: as the image
-    basis_channels: int = 0
-    # h', w': side of a basis; 0: as the image
-    basis_size: int = 0
-    # eta_B: learning rate of the bases
-    lr_bases: float = 100.0
-    # eta_H: learning rate of the hallucinators
-    lr_hallucinators: float = 100.0
-    # lambda_cos: weight of L_cos (Eq. 6); dm, dc: relative to the objective's gradient
-    weight_cos: float = 0.1
-    # lambda_con: weight of L_con (Eq. 4)
-    weight_con: float = 0.1
-    # lambda_task: weight of the cross-entropy of F (Eq. 4)
-    weight_task: float = 1.0
-    # augment hallucinated images by DSA (Tab. 6)
-    dsa: bool = True
-    # bases a student step, and in Eq. 4, 5; 0: all
-    batch: int = 0
-    # mtt: expert trajectories; missing ones are trained
-    experts: int = 100
-    # mtt: N, student steps an iteration
-    student_steps: int = 30
-    # mtt: M, expert epochs to match
-    expert_epochs: int = 2
-    # mtt: a student starts at expert epoch t in 0 .. max_start - 1
-    max_start: int = 20
-    # mtt: first value of alpha, the learning rate of the student
-    step_size: float = 0.01
-    # mtt: learning rate of alpha (SGD, momentum 0.9)
-    lr_step: float = 1e-5
-    # dm, dc: real images a class in an iteration
-    batch_real: int = 256
-    # dc: iterations with one network
-    matches: int = 10
-    # dc: epochs that the network trains between two iterations
-    net_epochs: int = 50
+    bpc: int = arg(1, "bases a class, |B| / C")
+    objective: Literal["mtt", "dm", "dc"] = arg("mtt", "L_DD: MTT's, DM's or DC's (Tab. 2)")
+    iterations: int = arg(15000, "iterations of the distillation; 0: train the experts only")
+    hallucinators: int = arg(5, "|H|: hallucinators; 0: bases are images, enlarged")
+    class_hallucinators: bool = arg(False, "each class has |H| hallucinators of its own (Tab. 5)")
+    share_conv: bool = arg(False, "all hallucinators share encoder and decoder (supplement Tab. 5)")
+    depth: Literal[0, 1, 2, 3] = arg(1, "conv-ReLU blocks in the encoder, and in the decoder")
+    channels: int = arg(0, "c'': channels of the first block; 0: as the image, 8 from depth 2 on")
+    basis_channels: int = arg(0, "c': channels of a basis; 0: as the image")
+    basis_size: int = arg(0, "h', w': side of a basis; 0: as the image")
+    lr_bases: float = arg(100.0, "eta_B: learning rate of the bases")
+    lr_hallucinators: float = arg(100.0, "eta_H: learning rate of the hallucinators")
+    weight_cos: float = arg(0.1, "lambda_cos: weight of L_cos (Eq. 6); dm, dc: relative to L_DD")
+    weight_con: float = arg(0.1, "lambda_con: weight of L_con (Eq. 4)")
+    weight_task: float = arg(1.0, "lambda_task: weight of the cross-entropy of F (Eq. 4)")
+    dsa: bool = arg(True, "augment hallucinated images by DSA (Tab. 6)")
+    batch: int = arg(0, "bases a student step, and in Eq. 4, 5; 0: all")
+    experts: int = arg(100, "mtt: expert trajectories; missing ones are trained")
+    student_steps: int = arg(30, "mtt: N, student steps an iteration")
+    expert_epochs: int = arg(2, "mtt: M, expert epochs to match")
+    max_start: int = arg(20, "mtt: a student starts at expert epoch t in 0 .. max_start - 1")
+    step_size: float = arg(0.01, "mtt: first value of alpha, the learning rate of the student")
+    lr_step: float = arg(1e-5, "mtt: learning rate of alpha (SGD, momentum 0.9)")
+    batch_real: int = arg(256, "dm, dc: real images a class in an iteration")
+    matches: int = arg(10, "dc: iterations with one network")
+    net_epochs: int = arg(50, "dc: epochs that the network trains between two iterations")
 
     def augment(self, images, *key, **options):
         return common.dsa(images, *key, **options) if self.dsa else images
@@ -205,8 +180,8 @@ def distill(data, args, path):
     bases, _ = data.sample(args.bpc, args.seed, "start")
     if args.basis_channels not in (0, data.shape[0]):
         bases = bases.mean(1, keepdim=True).repeat(1, args.basis_channels, 1, 1)
-    if args.basis_size not in (0, data.shape[1]):
-        bases = F.interpolate(bases, args.basis_size, mode="bilinear", antialias=True)
+    side = args.basis_size or data.shape[1]
+    bases = F.interpolate(bases, side, mode="bilinear", antialias=True)
     factors = FactorizedSet(bases, data.shape, len(data.classes), args).to(data.device)
     mtt = args.objective == "mtt"
     experts = common.load_experts(data, args) if mtt else None
@@ -307,9 +282,9 @@ def match_classes(net, factors, data, args, it):
         net.reset(args.seed, it)
     else:  # train the network on the set (survey Eq. 20)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        rest = (data, leaf.detach(), factors.labels, args.seed, it - 1)
+        rest = (data, leaf.detach(), factors.labels, protocol(vars(args)), args.seed, it - 1)
         for epoch in range(args.net_epochs):
-            common.train_epoch(net, optimizer, *rest, epoch, augment=args.augment)
+            common.train_epoch(net, optimizer, *rest, epoch)
 
     classes = len(data.classes)
     real, _ = data.sample(min(args.batch_real, data.smallest_class), args.seed, it, "real")

@@ -19,7 +19,9 @@ Measured: 58.2 +- 0.1 % with --iterations 360 --drops 280 330 --real-means 10.
 
 import math
 import pathlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -28,55 +30,37 @@ from torch import nn
 from torch.nn.utils import vector_to_parameters
 
 import common
+from common import arg
 
 
 @dataclass
 class Args(common.Args):
-    # storage, in images a class
-    ipc: int = 1
-    # iterations of the distillation
-    iterations: int = 20000
-    # learning rate of the codes (Adam)
-    lr_codes: float = 0.1
-    # learning rate of the decoders (Adam)
-    lr_decoders: float = 0.01
-    # iterations after which both rates are multiplied by 0.2
-    drops: tuple = ()
-    # codes of 1/4 of the side with decoders of two layers (High-R), not 1/8 and three (Low-R)
-    high_res: bool = False
-    # M: codes a class; 0: as many as fit into the storage
-    codes: int = 0
-    # D: decoders
-    decoders: int = 8
-    # steps of the auto-encoder that the first decoder comes from
-    pretrain: int = 2000
-    # K: networks with stored real means, used in turn (the paper: all steps); 0: always a new one
-    real_means: int = 0
-    # decoders in an iteration; fewer than all give a biased gradient (Eq. 2); 0: all
-    sample_decoders: int = 0
-    # real images a class in an iteration; fewer than all give a noisy gradient (Eq. 3); 0: all
-    batch_real: int = 0
-    # codes a class to backpropagate through, if memory is short (Sec. 3.2); 0: all
-    backprop: int = 0
-    # file whose decoders are kept: class-incremental learning (App. A)
-    fixed_decoders: str = ""
-    # augmentation in training on the set: IDC's with CutMix, or DSA
-    scoring: Literal["idc", "dsa"] = "idc"
+    ipc: int = arg(1, "storage, in images a class")
+    iterations: int = arg(20000, "iterations of the distillation")
+    lr_codes: float = arg(0.1, "learning rate of the codes (Adam)")
+    lr_decoders: float = arg(0.01, "learning rate of the decoders (Adam)")
+    drops: tuple = arg((), "iterations after which both rates are multiplied by 0.2")
+    high_res: bool = arg(False, "High-R: codes of 1/4 of the side and 2 layers, not 1/8 and 3")
+    codes: int = arg(0, "M: codes a class; 0: as many as fit into the storage")
+    decoders: int = arg(8, "D: decoders")
+    pretrain: int = arg(2000, "steps of the auto-encoder that the first decoder comes from")
+    real_means: int = arg(0, "K: networks with stored real means, used in turn; 0: always new ones")
+    sample_decoders: int = arg(0, "decoders in an iteration (biased gradient, Eq. 2); 0: all")
+    batch_real: int = arg(0, "real images a class in an iteration (noisy gradient, Eq. 3); 0: all")
+    backprop: int = arg(0, "codes a class to backpropagate through (Sec. 3.2); 0: all")
+    fixed_decoders: str = arg("", "file whose decoders are kept, for class-incremental learning")
+    scoring: Literal["idc", "dsa"] = arg("idc", "augmentation: IDC's with CutMix, or DSA")
 
 
-# App. B; the paper matches and scores these subsets with ResNetAP-10, here it is the ConvNet
-IMAGENET = dict(iterations=50000, lr_codes=0.01, lr_decoders=0.001, drops=(30000, 42000, 48000))
 PRESETS = {
     ("cifar10", 1): {},
     ("cifar10", 10): dict(high_res=True),
-    ("imagenet10", 1): IMAGENET,
-    ("imagenet10", 10): IMAGENET | dict(high_res=True),
     ("glyphs", 1): dict(iterations=60, decoders=4, pretrain=300, real_means=10, runs=2, epochs=60),
 }
 
 
 class Decoders(nn.Module):
-    """D decoders as the groups of grouped transposed convolutions (Tables 4, 5, 7, 8).
+    """D decoders as the groups of grouped transposed convolutions (Tables 4, 5).
 
     With widths 12, 9, 6, 3 and kernel 2, a decoder has 738 parameters. The tables print no
     nonlinearity between the layers, and a sigmoid at the end, which gives pixels; these are then
@@ -85,14 +69,14 @@ class Decoders(nn.Module):
 
     def __init__(self, count, args, shape, mean, std):
         super().__init__()
-        _, _, widths, kernel = layout(args, shape)
+        widths = layout(args, shape)[2]
         self.count, self.shape = count, tuple(shape)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.layers = nn.Sequential()
-        for inside, outside in zip(widths, widths[1:], strict=False):
-            sizes = (count * inside, count * outside, kernel, 2, kernel // 2 - 1)
-            self.layers.append(nn.ConvTranspose2d(*sizes, groups=count))
+        for inside, outside in pairwise(widths):
+            layer = nn.ConvTranspose2d(count * inside, count * outside, 2, stride=2, groups=count)
+            self.layers.append(layer)
 
     def forward(self, codes):
         """Codes (B, c', h', w') -> images (B, D, c, h, w), preprocessed."""
@@ -104,7 +88,7 @@ class Decoders(nn.Module):
 
 
 def layout(args, shape):
-    """Shape of a code, number of codes M, and widths and kernel of the decoders.
+    """Shape of a code, number of codes M, and widths of the decoders.
 
     The paper's Tables 6 and 9 are lost. Its text prints, for one image of 3x32x32, 16 codes of
     12x4x4 and 8 decoders of widths 12, 9, 6, 3 (Low-R), and codes of 12x4x4 for ten images, too.
@@ -115,7 +99,7 @@ def layout(args, shape):
     code = (4 * c, math.ceil(h / cell), math.ceil(w / cell))
     codes = args.codes or max(1, args.ipc * math.prod(shape) // math.prod(code))
     widths = (4 * c, 2 * c, c) if args.high_res else (4 * c, 3 * c, 2 * c, c)
-    return code, codes, widths, 4 if h > 64 else 2
+    return code, codes, widths
 
 
 def start_factors(data, args, fixed=None):
@@ -125,13 +109,11 @@ def start_factors(data, args, fixed=None):
     identical gradients from Eq. 1; noise of a tenth of the weights' size breaks the symmetry.
     fixed: Decoders to keep; then the encoder alone is trained.
     """
-    code, count, widths, kernel = layout(args, data.shape)
+    code, count, widths = layout(args, data.shape)
     statistics = data.preprocess.mean, data.preprocess.std
     common.seed(args.seed, "auto-encoder")
-    encoder = nn.Sequential()
-    for inside, outside in zip(widths[:0:-1], widths[-2::-1], strict=True):
-        encoder.append(nn.Conv2d(inside, outside, kernel, stride=2, padding=kernel // 2 - 1))
-    encoder.to(data.device)
+    pairs = pairwise(widths[::-1])
+    encoder = nn.Sequential(*[nn.Conv2d(i, o, 2, stride=2) for i, o in pairs]).to(data.device)
     decoder = fixed or Decoders(1, args, data.shape, *statistics).to(data.device)
     border = code[1] * 2 ** len(encoder) - data.shape[1]
     border = (border // 2, border - border // 2) * 2
@@ -169,12 +151,11 @@ def distill(data, args, path):
     real_means = load_real_means(data, args) if args.real_means else None
     fixed = load_decoders(args, data) if args.fixed_decoders else None
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
-    resumed = path.with_suffix(".ckpt").exists()  # then the checkpoint replaces the pre-training
-    start = replace(args, pretrain=0) if resumed else args
-    codes, decoders = start_factors(data, start, fixed)
-    codes.requires_grad_()
-    groups = [{"params": [codes], "lr": args.lr_codes}]
-    groups += [{"params": list(decoders.parameters()), "lr": args.lr_decoders}]
+    codes, decoders = start_factors(data, args, fixed)
+    groups = [
+        {"params": [codes.requires_grad_()], "lr": args.lr_codes},
+        {"params": decoders.parameters(), "lr": args.lr_decoders},
+    ]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.drops, gamma=0.2)
     state = {"codes": codes, "optimizer": optimizer, "schedule": schedule}
@@ -246,23 +227,26 @@ def class_means(net, data, images, labels):
 def load_real_means(data, args):
     """K random networks (K, P) and their class means (K, C, d) over the real set (Sec. 3.2).
 
-    Stored in data_dir, one file a network, for all later runs; missing ones are computed.
+    Stored in data_dir, one file a network, for all later runs.
     """
     if args.batch_real:
         raise common.UserError("--real-means are over all real images: leave out --batch-real")
-    net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
     name = f"{data.name}_{data.preprocess.fingerprint}"
     folder = pathlib.Path(args.data_dir) / "real_means" / name
-    paths = [folder / f"network{k:05d}.pt" for k in range(args.real_means)]
-    missing = [path for path in paths if not path.exists()]
-    progress = common.Progress(len(missing), "real means")
-    for path in missing:
-        net.reset("real means", paths.index(path))
-        means = class_means(net, data, data.train, data.train_labels)
-        common.save([common.flatten(net).cpu(), means.cpu()], path)
+    progress = common.Progress(args.real_means, "real means")
+    stored = []
+    for k in range(args.real_means):
+        make = partial(random_network, data, k)
+        stored.append(common.cached(folder / f"network{k:05d}.pt", make))
         progress.step()
-    stored = [common.load(path, "stored real means") for path in paths]
     return [torch.stack(tensors).to(data.device) for tensors in zip(*stored, strict=True)]
+
+
+def random_network(data, k):
+    """Random network k (P,) and its class means (C, d) over the real set."""
+    net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset("real means", k)
+    means = class_means(net, data, data.train, data.train_labels)
+    return [common.flatten(net).cpu(), means.cpu()]
 
 
 def open_factors(distilled, device="cpu"):
@@ -276,12 +260,11 @@ def open_factors(distilled, device="cpu"):
 
 def load_decoders(args, data):
     """The Decoders of args.fixed_decoders, for other classes of a data set (App. A)."""
-    path, settings = args.fixed_decoders, vars(args)
+    path = args.fixed_decoders
     distilled = common.load(path, "a distilled file of kfs.py")
-    same = distilled.get("method") == "kfs" and distilled["dataset"] == data.name
-    for name in ("high_res", "decoders"):
-        same = same and distilled["settings"][name] == settings[name]
-    if not same:
+    settings = distilled.get("settings", {})
+    found = (settings.get("high_res"), settings.get("decoders"), distilled.get("dataset"))
+    if found != (args.high_res, args.decoders, data.name):
         raise common.UserError(f"{path} is no file of kfs.py with this data set and decoders")
     return open_factors(distilled, data.device)[1]
 
@@ -300,14 +283,14 @@ def decode(distilled, device="cpu"):
 
 
 def protocol(settings, count=None):
-    """Appendix A: 200 epochs, lr x 0.2 at 133 and 166 (App. B: batch 128 or 64; here 256).
+    """Appendix A: 200 epochs, lr x 0.2 at 133 and 166. IDC's augmentation, as the milestones are.
 
-    The paper names no augmentation; its milestones are IDC's, so the default is IDC's, too.
+    The paper names none.
     """
-    steps = common.Protocol(epochs=200, drops=(133 / 200, 166 / 200), decay=0.2)
-    if settings["scoring"] == "dsa":
-        return steps
-    return replace(steps, augment=idc_augment, mix=cutmix)
+    own = {"epochs": 200, "drops": (133 / 200, 166 / 200), "decay": 0.2}
+    if settings["scoring"] == "idc":
+        own |= {"augment": idc_augment, "mix": cutmix}
+    return common.Protocol(**own)
 
 
 def idc_augment(images, flip, *key):

@@ -22,30 +22,21 @@ from functools import partial
 import torch
 
 import common
+from common import arg
 
 
 @dataclass
 class Args(common.Args):
-    # synthetic images a class
-    ipc: int = 1
-    # iterations of the distillation; 0: train the experts only
-    iterations: int = 5000
-    # expert trajectories; missing ones are trained
-    experts: int = 100
-    # N: student steps an iteration
-    student_steps: int = 20
-    # M: expert epochs to match
-    expert_epochs: int = 2
-    # a student starts at expert epoch t in 0 .. max_start - 1
-    max_start: int = 20
-    # first value of alpha, the learning rate of the student
-    step_size: float = 0.01
-    # learning rate of alpha (SGD, momentum 0.5)
-    lr_step: float = 1e-5
-    # learning rate of the pixels (SGD, momentum 0.5)
-    lr_images: float = 1000.0
-    # synthetic images a student step; 0: all
-    batch: int = 0
+    ipc: int = arg(1, "synthetic images a class")
+    iterations: int = arg(5000, "iterations of the distillation; 0: train the experts only")
+    experts: int = arg(100, "expert trajectories; missing ones are trained")
+    student_steps: int = arg(20, "N: student steps an iteration")
+    expert_epochs: int = arg(2, "M: expert epochs to match")
+    max_start: int = arg(20, "a student starts at expert epoch t in 0 .. max_start - 1")
+    step_size: float = arg(0.01, "first value of alpha, the learning rate of the student")
+    lr_step: float = arg(1e-5, "learning rate of alpha (SGD, momentum 0.5)")
+    lr_images: float = arg(1000.0, "learning rate of the pixels (SGD, momentum 0.5)")
+    batch: int = arg(0, "synthetic images a student step; 0: all")
 
 
 PRESETS = {  # the authors' settings

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+from common import arg
 
 ADAPTED = ("adapted", "scratch", "autoencoder")
 TRANSLATED = ADAPTED + ("no-adaptation", "pretrain")
@@ -42,48 +43,27 @@ MODES = TRANSLATED + ("one-net", "bilevel", "baseline")
 
 @dataclass
 class Args(common.Args):
-    # synthetic images a class
-    ipc: int = 1
-    # a column of Table 3, or pretrain: write a translator
-    mode: Literal[MODES] = "adapted"
-    # file of a translator, from --mode pretrain or an adapted one
-    translator: str = ""
-    # store four times as many images at half the side (Ours-DS); see --adapt-steps
-    down_sample: bool = False
-    # whiten the images
-    zca: bool = True
-    # T: steps of the distillation in one network
-    iterations: int = 3000
-    # alpha: learning rate of images and labels (Adam)
-    lr: float = 1e-3
-    # S': steps of the adaptation; 6 to 15 times as many with --down-sample (Sec. 4.2)
-    adapt_steps: int = 1000
-    # eta': its learning rate (Adam)
-    lr_adapt: float = 1e-4
-    # S: steps of the pre-training
-    pretrain_steps: int = 200000
-    # eta: its learning rate (Adam)
-    lr_pretrain: float = 1e-5
-    # N: cached subsets
-    subsets: int = 5000
-    # C_max: classes of a subset, at most
-    max_classes: int = 100
-    # C_min: classes of a subset, at least
-    min_classes: int = 10
-    # M: real images of a subset, at most
-    max_images: int = 4000
-    # I_max: synthetic images of a subset, at most
-    max_synthetic: int = 1000
-    # B: subsets in a step of the pre-training
-    batch: int = 4
-    # real images in a step
-    batch_real: int = 1024
-    # auto-encoder: steps, Adam 1e-3
-    ae_steps: int = 2000
-    # bi-level: steps of Alg. 1
-    outer_steps: int = 1000
-    # bi-level: T of Alg. 1
-    inner_steps: int = 16
+    ipc: int = arg(1, "synthetic images a class")
+    mode: Literal[MODES] = arg("adapted", "a column of Table 3, or pretrain: write a translator")
+    translator: str = arg("", "file of a translator, from --mode pretrain or an adapted one")
+    down_sample: bool = arg(False, "store four times as many images at half the side (Ours-DS)")
+    zca: bool = arg(True, "whiten the images")
+    iterations: int = arg(3000, "T: steps of the distillation in one network")
+    lr: float = arg(1e-3, "alpha: learning rate of images and labels (Adam)")
+    adapt_steps: int = arg(1000, "S': steps of the adaptation; Ours-DS: 6 to 15 times as many")
+    lr_adapt: float = arg(1e-4, "eta': its learning rate (Adam)")
+    pretrain_steps: int = arg(200000, "S: steps of the pre-training")
+    lr_pretrain: float = arg(1e-5, "eta: its learning rate (Adam)")
+    subsets: int = arg(5000, "N: cached subsets")
+    max_classes: int = arg(100, "C_max: classes of a subset, at most")
+    min_classes: int = arg(10, "C_min: classes of a subset, at least")
+    max_images: int = arg(4000, "M: real images of a subset, at most")
+    max_synthetic: int = arg(1000, "I_max: synthetic images of a subset, at most")
+    batch: int = arg(4, "B: subsets in a step of the pre-training")
+    batch_real: int = arg(1024, "real images in a step")
+    ae_steps: int = arg(2000, "auto-encoder: steps, Adam 1e-3")
+    outer_steps: int = arg(1000, "bi-level: steps of Alg. 1")
+    inner_steps: int = arg(16, "bi-level: T of Alg. 1")
 
     whitening = "zca-trace"
 
@@ -129,7 +109,7 @@ def nfr(net, images, labels, target, target_labels, data):
     if data.flip:  # as in FRePo, with mirror images
         images = torch.cat([images, images.flip(3)])
         labels = labels.repeat(2, 1)
-    return common.nfr_loss(net.features(images), labels, target, target_labels)
+    return common.half_square(common.krr(net.features(images), labels, target), target_labels)
 
 
 def random_network_loss(net, images, labels, data, args, *key):
@@ -157,9 +137,7 @@ def distill_in_one_network(theta, data, args, path):
     target = common.features(theta, data.train)  # line 5
     target_labels = common.center_labels(data.train_labels, len(data.classes))
     optimizer = torch.optim.Adam([images, labels], lr=args.lr)
-    decay = partial(common.cosine, steps=args.iterations)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
-    state = {"images": images, "labels": labels, "optimizer": optimizer, "schedule": schedule}
+    state = {"images": images, "labels": labels, "optimizer": optimizer}
 
     run = common.Run(path, data, args, state)
     for t in range(run.start, args.iterations):
@@ -167,10 +145,11 @@ def distill_in_one_network(theta, data, args, path):
             loss = random_network_loss(theta, images, labels, data, args, args.seed, t)
         else:
             loss = nfr(theta, images, labels, target, target_labels, data)  # line 7
+        decay = 0.55 + 0.45 * math.cos(math.pi * t / args.iterations)
+        optimizer.param_groups[0]["lr"] = args.lr * decay
         optimizer.zero_grad()
         (loss + common.margin_loss(labels)).backward()
         optimizer.step()  # lines 8, 9
-        schedule.step()
         run.step(t, loss)
     return images.detach(), labels.detach(), run
 
@@ -269,7 +248,7 @@ def train(module, loss_of, steps, lr, data, args, path, batch=1, inputs=None):
     content = {"weights": module.state_dict(), "preprocess": data.preprocess.kind}
     common.save(content | {"dataset": data.name}, path)
     print(f"wrote {path}")
-    return run.seconds
+    return run.record["seconds"]
 
 
 def build_translator(data, args):
@@ -327,7 +306,7 @@ def distill(data, args, path):
         seconds += train(translator, loss_of, *rest, inputs=inputs)
     with torch.no_grad():
         images = translator(images)
-    run.seconds += seconds
+    run.record["seconds"] += seconds
     return common.save_distilled(path, data, args, {"images": images, "labels": labels}, run)
 
 

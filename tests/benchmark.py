@@ -125,7 +125,8 @@ def epoch(device, count):
     data = make_data(common, device, count)
     net = common.ConvNet(SHAPE, CLASSES).to(device).reset("benchmark")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    repeat(common.train_epoch, net, optimizer, data, data.train[None], data.train_labels, 0)
+    rest = (data.train[None], data.train_labels, common.Protocol(), 0)
+    repeat(common.train_epoch, net, optimizer, data, *rest)
 
 
 def distill(module, device, **settings):

@@ -15,22 +15,17 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # more only wait for each other
 
 import common  # noqa: E402
+from common import arg  # noqa: E402
 
 
 @dataclass
 class Args(common.Args):
-    # images a class
-    ipc: int = 1
-    # expert trajectories
-    experts: int = 1
-    # M: epochs from start to target
-    expert_epochs: int = 1
-    # T+: start epochs are below it
-    max_start: int = 1
-    # learning rate of the images
-    lr: float = 0.1
-    # whether mirror images go in
-    mirrors: bool = True
+    ipc: int = arg(1, "images a class")
+    experts: int = arg(1, "expert trajectories")
+    expert_epochs: int = arg(1, "M: epochs from start to target")
+    max_start: int = arg(1, "T+: start epochs are below it")
+    lr: float = arg(0.1, "learning rate of the images")
+    mirrors: bool = arg(True, "whether mirror images go in")
 
 
 def make_data(folder, per_class=12, name="tiny"):

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import inspect
 import json
 import os
 import pathlib
@@ -168,16 +167,14 @@ def test_presets(argv, lr, zca, capsys):
 
 
 def test_help(capsys, monkeypatch):
-    """Every flag with the comment above its field."""
+    """Every flag with the text of its field."""
     monkeypatch.setenv("COLUMNS", "999")
     with pytest.raises(SystemExit):
         common.parse_args(Args, PRESETS, ["--help"])
     out = capsys.readouterr().out
-    source = "".join(map(inspect.getsource, (common.Args, Args)))
     for field in dataclasses.fields(Args):
-        comment = re.search(rf"# (.+)\n    {field.name}: ", source)[1]
-        flag = "--" + field.name.replace("_", "-")
-        assert re.search(rf"{flag}\b[^\n]*\s+{re.escape(comment)}", out), flag
+        text, flag = field.metadata["help"], "--" + field.name.replace("_", "-")
+        assert text and re.search(rf"{flag}\b[^\n]*\s+{re.escape(text)}", out), flag
 
 
 @pytest.mark.parametrize("argv", ["--ipc 0", "--seed -1", "--ipc many", "--lr nan", "--other"])

@@ -197,7 +197,7 @@ def test_proposition_1(data):
 @pytest.mark.parametrize("flip", [True, False])
 def test_bilevel_loss(flip, data, monkeypatch):
     """Alg. 1 and its gradient, against Eq. 17 by matrix inversion; with and without mirrors."""
-    monkeypatch.setattr(common, "nfr_loss", partial(common.nfr_loss, ridge=1e-3))
+    monkeypatch.setattr(common, "krr", partial(common.krr, ridge=1e-3))
     data.flip, args, key = flip, tf.Args(inner_steps=3, batch_real=10), (0, "space", 5)
     net, outer = tf.build_network(data), tf.build_network(data)
     params = list(net.blocks.requires_grad_(True).parameters())
@@ -230,7 +230,7 @@ def test_translator(data):
 
 def test_losses_of_the_translator(data, tmp_path, monkeypatch):
     """Adaptation, pre-training on cached subsets, auto-encoder; new networks each time."""
-    monkeypatch.setattr(common, "nfr_loss", partial(common.nfr_loss, ridge=1e-3))
+    monkeypatch.setattr(common, "krr", partial(common.krr, ridge=1e-3))
     history, networks = plain.record_steps(monkeypatch), set()
     passed, seen, loss_of = [], [], tf.random_network_loss
 

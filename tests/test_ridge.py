@@ -53,12 +53,12 @@ def test_krr_not_positive_definite():
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 0.5])
-def test_nfr_loss(ridge):
+def test_half_square(ridge):
     """Half the squared error, summed over classes, mean over target images."""
     inputs, wanted = (drawn(5, 9), drawn(5, 3, key=1), drawn(4, 9, key=2)), drawn(4, 3, key=3)
     error = (solve(*inputs, ridge) - wanted).tolist()
     expected = sum(e * e for row in error for e in row) / 2 / 4
-    assert common.nfr_loss(*inputs, wanted, ridge).item() == pytest.approx(expected)
+    assert common.half_square(common.krr(*inputs, ridge), wanted).item() == pytest.approx(expected)
 
 
 def test_center_labels():
