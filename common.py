@@ -858,7 +858,7 @@ def save_distilled(path, data, args, tensors, run, step_size=None):
         "fingerprint": data.preprocess.fingerprint,
         "mean": data.preprocess.mean.cpu(),
         "std": data.preprocess.std.cpu(),
-        "step_size": step_size,
+        "step_size": None if step_size is None else float(step_size),
         "settings": asdict(args),
         "iterations": args.iterations,
         "seconds": round(run.record["seconds"], 1),

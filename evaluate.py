@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import gaussian_blur, to_pil_image
 
 import common
 
@@ -225,12 +225,11 @@ def make_corruptions(data):
     """Three corruptions, strengths as in CIFAR-10-C's code -> {kind: uint8 (5, n, h, w, c)}."""
     pixels = data.preprocess.undo(data.test).clamp(0, 1)
     mean = pixels.mean((2, 3), keepdim=True)
-    blur = torchvision.transforms.functional.gaussian_blur
     common.seed("corruption")
     noise = torch.randn_like(pixels)
     levels = {
         "noise": (pixels + s * noise for s in (0.04, 0.06, 0.08, 0.09, 0.1)),
-        "blur": (blur(pixels, 9, s) for s in (0.4, 0.6, 0.7, 0.8, 1.0)),
+        "blur": (gaussian_blur(pixels, 9, s) for s in (0.4, 0.6, 0.7, 0.8, 1.0)),
         "contrast": (mean + s * (pixels - mean) for s in (0.75, 0.5, 0.4, 0.3, 0.15)),
     }
     arrays = {}
@@ -371,11 +370,11 @@ def print_table(args):
                 key = tuple(row[name] for name in names)
                 ours = f"{row['accuracy']} +- {row['std']}"
                 real = f"{row['random']} +- {row['random_std']} ({row['random_per_class']})"
-                lines[key] = [*key[:5], ours, row["best"] or "", real, paper_number(row, targets)]
+                lines[key] = [*key[:6], ours, row["best"] or "", real, paper_number(row, targets)]
     except (OSError, ValueError, TypeError, KeyError):
         raise common.UserError(f"{path} is missing or has a line that is not a score") from None
-    head = "method, data, per class, network, iterations, accuracy, best, random (per class), paper"
-    for line in [head.split(", "), ["---"] * 9, *(lines[key] for key in sorted(lines))]:
+    head = "method, data, per class, network, iterations, epochs, accuracy, best, random, paper"
+    for line in [head.split(", "), ["---"] * 10, *(lines[key] for key in sorted(lines))]:
         print("| " + " | ".join(map(str, line)) + " |")
 
 
@@ -399,6 +398,7 @@ def paper_number(row, targets):
 
 def export(path, folder, args):
     """Write folder/<class>/NNN.png for each image of a file, and folder/grid.png."""
+    folder = pathlib.Path(folder)
     data = open_file(path, args)[0]
     images, labels, _ = training_set(path)
     images = images.to(data.device)
@@ -407,13 +407,11 @@ def export(path, folder, args):
     by_class = [torch.nonzero(labels == c)[:, 0] for c in range(len(data.classes))]
     for name, index in zip(data.classes, by_class, strict=True):
         for i, image in enumerate(pixels[index]):
-            place = pathlib.Path(folder) / name.replace("/", "-") / f"{i:03d}.png"
             png = io.BytesIO()
             to_pil_image(image).save(png, "png")
-            common.save(png.getvalue(), place)
-    columns = min([10] + [len(index) for index in by_class if len(index)])
-    shown = images[torch.cat([index[:columns] for index in by_class])]
-    common.save_grid(pathlib.Path(folder) / "grid.png", data, shown, columns)
+            common.save(png.getvalue(), folder / name.replace("/", "-") / f"{i:03d}.png")
+    shown = torch.cat([index[:10] for index in by_class])
+    common.save_grid(folder / "grid.png", data, images[shown], columns=10)
     print(f"wrote {len(images)} images and grid.png to {folder}")
 
 

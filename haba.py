@@ -14,10 +14,8 @@ L_DD matches training trajectories (Eq. 7, see mtt.py), or is DM's or DC's objec
     python haba.py --dataset cifar10 --bpc 9        # the paper: 69.9 +- 0.4 %
 
 Measured: 44.1 +- 0.7 % with --bpc 1 --experts 8 --expert-epochs 1 --step-size 0.005
---lr-hallucinators 1 --iterations 150 (22.5 for random real images; the paper: 48.3).
-
-With the authors' learning rate of 100, hallucinator weights reach 58 within 15 iterations: use
---lr-hallucinators 1 for short runs. Their standardization of each batch is left out.
+--lr-hallucinators 1 --iterations 150 (random real images 22.5, the paper 48.3). With the authors'
+rate of 100, hallucinator weights reach 58 within 15 iterations. Batches are not standardized.
 """
 
 from dataclasses import dataclass
@@ -180,8 +178,7 @@ def distill(data, args, path):
     bases, _ = data.sample(args.bpc, args.seed, "start")
     if args.basis_channels not in (0, data.shape[0]):
         bases = bases.mean(1, keepdim=True).repeat(1, args.basis_channels, 1, 1)
-    side = args.basis_size or data.shape[1]
-    bases = F.interpolate(bases, side, mode="bilinear", antialias=True)
+    bases = F.interpolate(bases, args.basis_size or data.shape[1], mode="bilinear", antialias=True)
     factors = FactorizedSet(bases, data.shape, len(data.classes), args).to(data.device)
     mtt = args.objective == "mtt"
     experts = common.load_experts(data, args) if mtt else None
@@ -198,11 +195,12 @@ def distill(data, args, path):
     ]
     optimizer = torch.optim.SGD(groups, momentum=0.95 if mtt else 0.5)
     adversary_optimizer = torch.optim.SGD(adversary.parameters(), lr=0.001, momentum=0.9)
+    alpha = step_size if mtt else None
 
     def evaluate():
         images = factors.everything().detach()
-        rest = (protocol(vars(args)), args, step_size if mtt else None)
-        return common.train_and_test(data, images, factors.labels, *rest)
+        rest = (factors.labels, protocol(vars(args)), args, alpha)
+        return common.train_and_test(data, images, *rest)
 
     state = {"factors": factors, "adversary": adversary, "net": net, "step_size": step_size}
     state |= {"optimizer": optimizer, "adversary_optimizer": adversary_optimizer}
@@ -249,7 +247,6 @@ def distill(data, args, path):
             adversary_optimizer.step()
         run.step(it, loss)
 
-    alpha = step_size.item() if mtt else None
     return common.save_distilled(path, data, args, dict(factors.named_parameters()), run, alpha)
 
 
@@ -339,12 +336,11 @@ def protocol(settings, count=None):
 
 
 def save_picture(path, data, distilled, images):
-    """One row a class: its first basis, then its hallucinations (Fig. 4)."""
+    """One row a class: its first basis, then its hallucinations (Fig. 4), of zero mean, std 1."""
     bases = F.interpolate(distilled["bases"].to(data.device), data.shape[1:])
     if bases.shape[1] != data.shape[0]:
         bases = bases.mean(1, keepdim=True).expand_as(images[0])
     columns = torch.cat([bases[None], images])[:, :: distilled["per_class"]]
-    # For display, zero mean and unit variance, as standardized images have
     columns = F.layer_norm(columns, columns.shape[1:])
     common.save_grid(path, data, columns.transpose(0, 1).flatten(0, 1), len(columns))
 

@@ -7,8 +7,8 @@ with g(x) the features of a ConvNet with random parameters, new ones in each ite
 
     L = 1/C sum_c 1/2 || 1/N sum_n g(x_cn) - 1/(D M) sum_dm g(f(theta_cm; phi_d)) ||^2     (Eq. 1)
 
-A sample of the synthetic images gives a biased gradient (Eq. 2), a sample of the real images a
-noisy one (Eq. 3): --sample-decoders and --batch-real turn these on (Fig. 7).
+A sample of the synthetic images gives a biased gradient (Eq. 2, --sample-decoders), a sample of
+the real images a noisy one (Eq. 3, --batch-real).
 
     python kfs.py                                              # glyphs: minutes on a CPU
     python kfs.py --dataset cifar10 --ipc 1                    # the paper: 59.8 +- 0.5 %
@@ -20,7 +20,6 @@ Measured: 58.2 +- 0.1 % with --iterations 360 --drops 280 330 --real-means 10.
 import math
 import pathlib
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -62,9 +61,8 @@ PRESETS = {
 class Decoders(nn.Module):
     """D decoders as the groups of grouped transposed convolutions (Tables 4, 5).
 
-    With widths 12, 9, 6, 3 and kernel 2, a decoder has 738 parameters. The tables print no
-    nonlinearity between the layers, and a sigmoid at the end, which gives pixels; these are then
-    standardized by mean and std (c, 1, 1).
+    With widths 12, 9, 6, 3 and kernel 2, a decoder has 738 parameters. The tables print a sigmoid
+    at the end alone. It gives pixels, which are standardized by mean and std (c, 1, 1).
     """
 
     def __init__(self, count, args, shape, mean, std):
@@ -148,9 +146,9 @@ def distill(data, args, path):
     """Condense `data` into codes and decoders -> content of the distilled file `path`."""
     if args.zca:
         raise common.UserError("the decoders give pixels, which --zca does not fit: leave it out")
-    real_means = load_real_means(data, args) if args.real_means else None
-    fixed = load_decoders(args, data) if args.fixed_decoders else None
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
+    real_means = load_real_means(net, data, args) if args.real_means else None
+    fixed = load_decoders(args, data) if args.fixed_decoders else None
     codes, decoders = start_factors(data, args, fixed)
     groups = [
         {"params": [codes.requires_grad_()], "lr": args.lr_codes},
@@ -163,8 +161,7 @@ def distill(data, args, path):
         state["decoders"] = decoders
 
     def evaluate():
-        decoded = images_of(codes.detach(), decoders)
-        return common.train_and_test(data, *decoded, protocol(vars(args)), args)
+        return common.train_and_test(data, *images_of(codes, decoders), protocol(vars(args)), args)
 
     run = common.Run(path, data, args, state, evaluate)
     for it in range(run.start, args.iterations):
@@ -174,9 +171,8 @@ def distill(data, args, path):
             vector_to_parameters(weights, net.parameters())
         else:
             net.reset(*key)
-            real = data.train, data.train_labels
-            if args.batch_real:
-                real = data.sample(min(args.batch_real, data.smallest_class), *key, "real")
+            n = min(args.batch_real, data.smallest_class)
+            real = data.sample(n, *key, "real") if n else (data.train, data.train_labels)
             target = class_means(net, data, *real)
         optimizer.zero_grad()
         loss = match_distribution(net, target, codes, decoders, args, *key)
@@ -224,36 +220,30 @@ def class_means(net, data, images, labels):
     return one_hot.T @ common.features(net, images) / one_hot.sum(0)[:, None]
 
 
-def load_real_means(data, args):
-    """K random networks (K, P) and their class means (K, C, d) over the real set (Sec. 3.2).
-
-    Stored in data_dir, one file a network, for all later runs.
-    """
+def load_real_means(net, data, args):
+    """K stored random networks (K, P), their class means (K, C, d) on the real set (Sec. 3.2)."""
     if args.batch_real:
         raise common.UserError("--real-means are over all real images: leave out --batch-real")
     name = f"{data.name}_{data.preprocess.fingerprint}"
-    folder = pathlib.Path(args.data_dir) / "real_means" / name
     progress = common.Progress(args.real_means, "real means")
     stored = []
     for k in range(args.real_means):
-        make = partial(random_network, data, k)
-        stored.append(common.cached(folder / f"network{k:05d}.pt", make))
+        path = pathlib.Path(args.data_dir) / "real_means" / name / f"network{k:05d}.pt"
+        if not path.exists():
+            net.reset("real means", k)
+            means = class_means(net, data, data.train, data.train_labels)
+            common.save([common.flatten(net).cpu(), means.cpu()], path)
+        stored.append(common.load(path, "stored real means"))
         progress.step()
     return [torch.stack(tensors).to(data.device) for tensors in zip(*stored, strict=True)]
-
-
-def random_network(data, k):
-    """Random network k (P,) and its class means (C, d) over the real set."""
-    net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset("real means", k)
-    means = class_means(net, data, data.train, data.train_labels)
-    return [common.flatten(net).cpu(), means.cpu()]
 
 
 def open_factors(distilled, device="cpu"):
     """The codes (C, M, c', h', w') and Decoders of a distilled file."""
     args = Args(**distilled["settings"])
-    rest = distilled["shape"], distilled["mean"], distilled["std"]
-    decoders = Decoders(args.decoders, args, *rest)
+    decoders = Decoders(
+        args.decoders, args, distilled["shape"], distilled["mean"], distilled["std"]
+    )
     decoders.load_state_dict({k: distilled[f"decoders.{k}"] for k in decoders.state_dict()})
     return distilled["codes"].to(device), decoders.to(device).requires_grad_(False)
 
@@ -283,10 +273,7 @@ def decode(distilled, device="cpu"):
 
 
 def protocol(settings, count=None):
-    """Appendix A: 200 epochs, lr x 0.2 at 133 and 166. IDC's augmentation, as the milestones are.
-
-    The paper names none.
-    """
+    """App. A: 200 epochs, lr x 0.2 at 133 and 166. It names no augmentation: we take IDC's."""
     own = {"epochs": 200, "drops": (133 / 200, 166 / 200), "decay": 0.2}
     if settings["scoring"] == "idc":
         own |= {"augment": idc_augment, "mix": cutmix}

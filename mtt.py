@@ -89,7 +89,7 @@ def distill(data, args, path):
         run.step(it, loss)
 
     tensors = {"images": images, "labels": labels}
-    return common.save_distilled(path, data, args, tensors, run, step_size.item())
+    return common.save_distilled(path, data, args, tensors, run, step_size)
 
 
 def student_batch(images, labels, data, args, it, n):
