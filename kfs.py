@@ -241,21 +241,19 @@ def load_real_means(net, data, args):
 def open_factors(distilled, device="cpu"):
     """The codes (C, M, c', h', w') and Decoders of a distilled file."""
     args = Args(**distilled["settings"])
-    decoders = Decoders(
-        args.decoders, args, distilled["shape"], distilled["mean"], distilled["std"]
-    )
+    statistics = distilled["mean"], distilled["std"]
+    decoders = Decoders(args.decoders, args, distilled["shape"], *statistics)
     decoders.load_state_dict({k: distilled[f"decoders.{k}"] for k in decoders.state_dict()})
     return distilled["codes"].to(device), decoders.to(device).requires_grad_(False)
 
 
 def load_decoders(args, data):
     """The Decoders of args.fixed_decoders, for other classes of a data set (App. A)."""
-    path = args.fixed_decoders
-    distilled = common.load(path, "a distilled file of kfs.py")
+    distilled = common.load(args.fixed_decoders, "a distilled file of kfs.py")
     settings = distilled.get("settings", {})
     found = (settings.get("high_res"), settings.get("decoders"), distilled.get("dataset"))
     if found != (args.high_res, args.decoders, data.name):
-        raise common.UserError(f"{path} is no file of kfs.py with this data set and decoders")
+        raise common.UserError(f"{args.fixed_decoders} has no decoders of kfs.py that fit these")
     return open_factors(distilled, data.device)[1]
 
 
