@@ -28,6 +28,7 @@ import dm  # noqa: E402
 import frepo  # noqa: E402
 import haba  # noqa: E402
 import kfs  # noqa: E402
+import translator_fewshot  # noqa: E402
 
 SHAPE, CLASSES = (3, 32, 32), 10
 PATH = pathlib.Path("nowhere/benchmark.pt")
@@ -151,6 +152,22 @@ def first_epoch(first, device, count):
         pass
 
 
+def score(device):
+    """Train a network for 20 epochs on 100 images and test it on them."""
+    data, args = make_data(common, device, 100), common.Args(epochs=20)
+    rest = (data.train_labels, common.Protocol(), args)
+    repeat(common.train_and_test, data, data.train[None], *rest)
+
+
+def first_score(first, device):
+    data = make_data(first, device, 100)
+
+    def draw(run, index, *key):
+        return data.train[index], data.train_labels[index]
+
+    repeat(first.train_and_test, data, draw, 100, first.PROTOCOL, None, 20, 1)
+
+
 def rows(device, quick, first, module):
     """Yield name, images, operations in float32 and in autocast's type, work, first version's."""
     for ipc, steps in itertools.product((1, 10) if quick else (1, 10, 50), (10, 20, 40)):
@@ -158,18 +175,27 @@ def rows(device, quick, first, module):
             name, n = f"match_trajectory, {ipc} a class, {steps} steps", CLASSES * ipc * steps
             works = [partial(match, version, device, ipc, steps) for version in (common, first)]
             yield name, n, 9 * n * CONVNET, 0, *works
-    yield "score's epoch, 100 images", 100, 0, 300 * CONVNET, partial(epoch, device, 100), None
+    works = partial(score, device), partial(first_score, first, device)
+    yield "score of 20 epochs, 100 images", 2100, 0, 6100 * CONVNET, *works
     works = partial(epoch, device, 2048), partial(first_epoch, first, device, 2048)
     yield "expert's epoch, 2,048 images", 2048, 0, 3 * 2048 * CONVNET, *works
-    work = partial(distill, haba, device, bpc=10, student_steps=10)
-    yield "HaBa, 10 a class, 10 steps", 1400, (9000 + 400 + 600) * CONVNET, 0, work, None
-    work = partial(distill, frepo, device, ipc=10)
-    yield "FRePo, 10 a class, 1,024 real", 1324, (400 + 300) * FREPO, 1024 * FREPO, work, None
-    work = partial(distill, kfs, device, pretrain=1, batch_real=256)
-    yield "KFS, 1 a class, 256 real", 3840, (2560 + 2 * 1280) * CONVNET, 0, work, None
-    rest = first and (make_data(first, device), 10, module.SETTINGS["cifar10", 1], 0, PATH)
-    works = partial(distill, dm, device, ipc=10), first and partial(module.distill, *rest)
-    yield "DM, 10 a class, 256 real", 2660, 200 * CONVNET, 2560 * CONVNET, *works
+    for ipc in (10,) if quick else (1, 10, 50):
+        n = CLASSES * ipc
+        work = partial(distill, haba, device, bpc=ipc, student_steps=10)
+        yield f"HaBa, {ipc} a class, 10 steps", 14 * n, 100 * n * CONVNET, 0, work, None
+        work, pooled = partial(distill, frepo, device, ipc=ipc), min(n, 500)
+        floor = (4 * n + 3 * pooled) * FREPO, 1024 * FREPO
+        yield f"FRePo, {ipc} a class, 1,024 real", 1024 + 2 * n + pooled, *floor, work, None
+        m = n * (128 if ipc == 1 else 32)
+        work = partial(distill, kfs, device, ipc=ipc, high_res=ipc > 1, pretrain=1, batch_real=256)
+        floor = (2560 + 3 * m) * CONVNET
+        yield f"KFS, {ipc} a class, 256 real", 2560 + m, 0, floor, work, None
+        work = partial(distill, translator_fewshot, device, ipc=ipc, mode="one-net")
+        floor = 4 * n * FREPO + 4 * 5120 * 8192 * CLASSES
+        yield f"translator's step in one network, {ipc} a class", 2 * n, floor, 0, work, None
+        rest = first and (make_data(first, device), ipc, module.SETTINGS["cifar10", 1], 0, PATH)
+        works = partial(distill, dm, device, ipc=ipc), first and partial(module.distill, *rest)
+        yield f"DM, {ipc} a class, 256 real", 2560 + n, 2 * n * CONVNET, 2560 * CONVNET, *works
 
 
 def main():

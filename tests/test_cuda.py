@@ -41,8 +41,8 @@ def test_same_numbers(exact, data, monkeypatch):
 class Run(common.Run):
     """Refuses to wait for the GPU within an iteration; may stop after the second."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **inputs):
+        super().__init__(*args, **inputs)
         torch.cuda.set_sync_debug_mode("error")
 
     def step(self, it, loss):
