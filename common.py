@@ -73,8 +73,9 @@ class Args:
 def parse_args(cls, presets, argv=None):
     """Make flags from the dataclass `cls`. A flag beats a preset, a preset beats the default.
 
-    presets: {(data set, images a class): settings}, or {objective: presets}. The budget nearest in
-    ratio counts; a data set without presets takes CIFAR-10's, but for `zca`.
+    presets: {(data set, images a class): settings}, or {objective: presets}. Of a data set's
+    presets the one with the nearest budget (in ratio) is taken. A data set without presets takes
+    CIFAR-10's, except `zca`.
     """
     title = inspect.getmodule(cls).__doc__.partition("\n")[0]
     options = {"usage": "%(prog)s [--flag value]", "allow_abbrev": False, "exit_on_error": False}
@@ -88,7 +89,7 @@ def parse_args(cls, presets, argv=None):
             options = {"action": argparse.BooleanOptionalAction}
         elif setting.type is tuple:
             options = {"type": int, "nargs": "*"}
-        text = f"{helps[flag]} [{setting.default}]"
+        text = f"{helps[flag]} [{setting.default}]".replace("%", "%%")
         parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
 
     known, unknown = parser.parse_known_args(argv)
@@ -124,7 +125,9 @@ def run(main):
     except KeyboardInterrupt as stop:
         message = str(stop) or "stopped: the same command continues"
         status = 130
-    except (UserError, argparse.ArgumentError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, argparse.ArgumentError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         message = str(error).partition("\n")[0]
         status = 2
     print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -211,11 +214,9 @@ class Dataset:
 
 def load_dataset(args, name=None, kind=None):
     """Load and preprocess args.dataset, or `name` -> Dataset. kind: see Preprocess."""
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda is not available: use --device cpu")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if args.device not in ("auto", device):
+        raise UserError(f"--device {args.device} is not available: use --device cpu")
     torch.backends.cudnn.benchmark = True  # by torch's defaults, convolutions alone use TF32
 
     name = name or args.dataset
@@ -312,7 +313,7 @@ class Preprocess:
     """
 
     kind: str
-    fingerprint: str  # of kind and training pixels: two files fit together if it is equal
+    fingerprint: str  # hash of kind and training pixels; files fit together only if it is equal
     mean: torch.Tensor  # (c, 1, 1), or with ZCA the mean image
     std: torch.Tensor  # (c, 1, 1)
     whiten: torch.Tensor = None  # W (d, d)
@@ -365,7 +366,7 @@ def fit_zca(pixels, mean, std, kind):
 
 
 def dsa(images, flip, *key, shared=False):
-    """Apply one random transform of DSA (Zhao & Bilen 2021), each image with own parameters.
+    """Apply one random transform of DSA (Zhao & Bilen 2021), each image with its own parameters.
 
     shared: all with the same, as in the Siamese form, where two batches with the same key get the
     same transform. flip: whether mirroring is allowed.
@@ -488,7 +489,7 @@ class ConvNet(nn.Module):
         return self
 
     def features(self, images):
-        """Inputs of the linear layer (n, d). On a CPU in chunks of 32 images: 2.5 times as fast."""
+        """Inputs of the linear layer (n, d). On a CPU 32 images at a time: 2.5 times as fast."""
         chunk = len(images) if images.is_cuda else 2**15 // images[0, 0].numel() or 1
         return torch.cat([self.blocks(x).flatten(1) for x in images.split(chunk)])
 
@@ -522,15 +523,16 @@ def unflatten(net, flat):
 def load_experts(data, args):
     """Load expert trajectories (MTT Sec. 3.1), train missing ones -> (experts, epochs + 1, P).
 
-    A file holds an expert's parameters at the start and after each epoch. Experts of other seeds
-    serve as well, but not with --iterations 0: so tasks of an array job fill one folder.
+    A file holds an expert's parameters at the start and after each epoch. Existing experts of other
+    seeds are used before new ones are trained. With --iterations 0 only the seed's own count, so
+    that an array job fills one folder.
     """
     epochs = args.max_start - 1 + args.expert_epochs
     folder = pathlib.Path(args.data_dir) / "experts" / f"{data.name}_{data.preprocess.fingerprint}"
     own = [folder / f"seed{args.seed}_expert{i:03d}.pt" for i in range(args.experts)]
     others = sorted(set(folder.glob("seed*.pt")) - set(own)) if args.iterations else []
     paths = sorted(own + others, key=lambda path: not path.exists())
-    return torch.stack([train_expert(data, path, epochs) for path in paths[: args.experts]])
+    return torch.stack([train_expert(data, path, epochs) for path in sorted(paths[: args.experts])])
 
 
 def train_expert(data, path, epochs):
@@ -582,7 +584,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
 
     start, target: expert parameters (P,) at epochs t and t + M. batch(n) -> images, labels of step
     n. kept: steps that keep their graph; the others rebuild it on the way back, so that memory is
-    bounded. By default 500 images of 32x32 on a CPU, 5,000 on a GPU, less two steps.
+    bounded. Default: as many as hold 500 images of 32x32 (on a GPU 5,000), less two.
     -> loss, gradient of step_size (0-d). Adds to the gradients of the leaves behind the images.
     """
     lr = step_size.detach()
@@ -655,7 +657,7 @@ def margin_loss(labels):
 class Protocol:
     """How a network is trained on a distilled set; the defaults are those of DM, MTT and HaBa.
 
-    The authors' rate falls after epoch 502 of 1001, with the momentum reset; DC has 300 epochs.
+    The authors train 1001 epochs, lower the rate after 502 and reset the momentum; DC trains 300.
     """
 
     network: Callable = ConvNet  # network(shape, classes)
@@ -666,7 +668,8 @@ class Protocol:
     lr: float = 0.01
     drops: tuple = (0.5,)  # shares of the epochs after which lr is multiplied by `decay`
     decay: float = 0.1
-    regression: bool = False  # FRePo: squared error on soft labels, AdamW, warm-up and cosine
+    regression: bool = False  # FRePo: squared error on centered labels, warm-up and cosine
+    optimizer: Callable = partial(torch.optim.SGD, momentum=0.9)
     weight_decay: float = 5e-4
 
     def rate(self, epoch, count):
@@ -687,7 +690,7 @@ def frepo_protocol(count, augment=frepo_augment, weight_decay=0.0):
     nearest = min(steps, key=lambda n: abs(math.log(count / n)))
     epochs = steps[nearest] // math.ceil(count / 500)
     network = partial(ConvNet, norm=False, double=True)
-    rest = {"regression": True, "weight_decay": weight_decay}
+    rest = {"regression": True, "optimizer": torch.optim.AdamW, "weight_decay": weight_decay}
     return Protocol(network, augment, epochs=epochs, batch=500, lr=3e-4, **rest)
 
 
@@ -714,15 +717,9 @@ def train(data, images, labels, protocol, *key):
     classes = len(data.classes)
     seed(*key)
     net = protocol.network(data.shape, classes).to(data.device)
-    decay = protocol.weight_decay
-    if protocol.regression:
-        optimizer = torch.optim.AdamW(net.parameters(), weight_decay=decay)
-    else:
-        optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, weight_decay=decay)
-    if labels.ndim == 1 and protocol.regression:
-        labels = center_labels(labels, classes)
-    elif labels.ndim == 1 and protocol.mix:
-        labels = F.one_hot(labels, classes).float()
+    optimizer = protocol.optimizer(net.parameters(), weight_decay=protocol.weight_decay)
+    if labels.ndim == 1:
+        labels = F.one_hot(labels, classes) - protocol.regression / classes
     progress = Progress(protocol.epochs, "training epochs")
     for epoch in range(protocol.epochs):
         optimizer.param_groups[0]["lr"] = protocol.rate(epoch, len(labels))
@@ -752,17 +749,16 @@ def score(data, distilled, images, labels, protocol, args):
 
     The random images get the field's protocol, or FRePo's where that is the method's.
     """
-    field = protocol if protocol.regression else Protocol(protocol.network)
+    baseline = protocol if protocol.regression else Protocol(protocol.network)
     storage = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
     storage = min(storage, data.smallest_class)
     began = time.time()
     ours = []
     random = []
     for k in range(args.runs):
-        step_size = distilled["step_size"]
-        ours.append(train_and_test(data, images, labels, protocol, args, step_size, k))
+        ours.append(train_and_test(data, images, labels, protocol, args, distilled["step_size"], k))
         real, real_labels = data.sample(storage, args.seed, "random real", k)
-        random.append(train_and_test(data, real[None], real_labels, field, args, None, k))
+        random.append(train_and_test(data, real[None], real_labels, baseline, args, None, k))
 
     names = ("method", "dataset", "per_class", "iterations", "seconds", "settings")
     row = {name: distilled[name] for name in names}
@@ -791,8 +787,8 @@ def append_row(row, device, folder):
     hardware = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
-    git = ["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty=+"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    here = pathlib.Path(__file__).parent
+    commit = subprocess.getoutput(f"git -C '{here}' describe --always --dirty=+ 2>/dev/null")
     command = " ".join(["python", *sys.argv])
     row |= dict(hardware=hardware, torch=torch.__version__, commit=commit, command=command)
     with open(pathlib.Path(folder) / "results.jsonl", "a") as file:
@@ -908,8 +904,8 @@ class Progress:
 class Run:
     """A distillation that can be stopped and continued.
 
-    state: {name: tensor, module or optimizer}, restored in place from the checkpoint of an earlier
-    run with the same settings and inputs (a tensor, e.g. the experts); `iterations` may be more.
+    state: {name: tensor, module or optimizer}, restored in place if there is a checkpoint. Its
+    settings and `inputs` (a tensor, e.g. the experts) must be equal; `iterations` may be larger.
     evaluate() -> accuracy, every args.eval_every iterations. Raises UserError.
     """
 
@@ -923,8 +919,8 @@ class Run:
             settings.pop(name, None)
         if inputs is not None:
             settings["experts or inputs"] = hashlib.sha256(inputs.cpu().numpy()).hexdigest()
-        self.record = {"settings": settings, "done": 0, "seconds": 0.0}
-        self.record |= {"evaluations": [], "losses": []}
+        self.record = {"settings": settings, "done": 0, "seconds": 0.0, "evaluations": []}
+        self.record["losses"] = "iteration,loss,seconds\n"
         if self.path.exists():
             try:
                 self.restore(load(self.path, "a checkpoint"))
@@ -966,7 +962,7 @@ class Run:
             self.record["evaluations"].append((done, round(self.evaluate(), 2)))
         last = done == self.args.iterations
         if last or done % math.ceil(self.args.iterations / 100) == 0:
-            self.record["losses"].append((done, loss.item(), round(time.time() - self.began, 1)))
+            self.record["losses"] += f"{done},{loss.item()},{time.time() - self.began:.1f}\n"
         if last or self.interrupted or time.time() - self.saved >= 60:
             self.save(loss.item())
         if last:
@@ -984,6 +980,4 @@ class Run:
         self.saved = time.time()
         self.record["seconds"] = self.saved - self.began
         save(self.record | {"state": state}, self.path)
-        lines = [f"{n},{loss},{seconds}\n" for n, loss, seconds in self.record["losses"]]
-        text = "iteration,loss,seconds\n" + "".join(lines)
-        save(text.encode(), self.path.with_suffix(".csv"))
+        save(self.record["losses"].encode(), self.path.with_suffix(".csv"))

@@ -373,8 +373,8 @@ def print_table(args):
                 lines[key] = [*key[:6], ours, row["best"] or "", real, paper_number(row, targets)]
     except (OSError, ValueError, TypeError, KeyError):
         raise common.UserError(f"{path} is missing or has a line that is not a score") from None
-    head = "method, data, per class, network, iterations, epochs, accuracy, best, random, paper"
-    for line in [head.split(", "), ["---"] * 10, *(lines[key] for key in sorted(lines))]:
+    head = "method data per_class network iterations epochs accuracy best random_(per_class) paper"
+    for line in [head.split(), ["---"] * 10, *(lines[key] for key in sorted(lines))]:
         print("| " + " | ".join(map(str, line)) + " |")
 
 

@@ -36,7 +36,7 @@ class Args(common.Args):
     ipc: int = arg(1, "synthetic images a class")
     iterations: int = arg(500000, "iterations of the distillation")
     zca: bool = arg(True, "whiten the images")
-    lr: float = arg(3e-4, "learning rate of images, labels (LAMB), falling to 10 % by a cosine")
+    lr: float = arg(3e-4, "learning rate of images and labels (LAMB), a cosine to a tenth")
     batch_real: int = arg(1024, "real images in an iteration, |X_t|")
     ridge: float = arg(1e-6, "lambda, in units of trace(K_ss) / n")
     pool: int = arg(10, "networks in the pool")

@@ -19,14 +19,13 @@ Measured: 58.2 +- 0.1 % with --iterations 360 --drops 280 330 --real-means 10.
 
 import math
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import vector_to_parameters
 
 import common
 from common import arg
@@ -61,8 +60,8 @@ PRESETS = {
 class Decoders(nn.Module):
     """D decoders as the groups of grouped transposed convolutions (Tables 4, 5).
 
-    With widths 12, 9, 6, 3 and kernel 2, a decoder has 738 parameters. The tables print a sigmoid
-    at the end alone. It gives pixels, which are standardized by mean and std (c, 1, 1).
+    With widths 12, 9, 6, 3 and kernel 2, a decoder has 738 parameters. The only nonlinearity in
+    the tables is a final sigmoid; its pixels are then standardized by mean and std (c, 1, 1).
     """
 
     def __init__(self, count, args, shape, mean, std):
@@ -149,7 +148,8 @@ def distill(data, args, path):
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
     real_means = load_real_means(net, data, args) if args.real_means else None
     fixed = load_decoders(args, data) if args.fixed_decoders else None
-    codes, decoders = start_factors(data, args, fixed)
+    resumed = path.with_suffix(".ckpt").exists()  # then the checkpoint replaces the pre-training
+    codes, decoders = start_factors(data, replace(args, pretrain=0) if resumed else args, fixed)
     groups = [
         {"params": [codes.requires_grad_()], "lr": args.lr_codes},
         {"params": decoders.parameters(), "lr": args.lr_decoders},
@@ -168,7 +168,7 @@ def distill(data, args, path):
         key = (args.seed, it)
         if real_means:
             weights, target = (stored[it % args.real_means] for stored in real_means)
-            vector_to_parameters(weights, net.parameters())
+            nn.utils.vector_to_parameters(weights, net.parameters())
         else:
             net.reset(*key)
             n = min(args.batch_real, data.smallest_class)
@@ -221,7 +221,7 @@ def class_means(net, data, images, labels):
 
 
 def load_real_means(net, data, args):
-    """K stored random networks (K, P), their class means (K, C, d) on the real set (Sec. 3.2)."""
+    """Load or compute K random networks (K, P) and their class means (K, C, d) (Sec. 3.2)."""
     if args.batch_real:
         raise common.UserError("--real-means are over all real images: leave out --batch-real")
     name = f"{data.name}_{data.preprocess.fingerprint}"
@@ -250,10 +250,12 @@ def open_factors(distilled, device="cpu"):
 def load_decoders(args, data):
     """The Decoders of args.fixed_decoders, for other classes of a data set (App. A)."""
     distilled = common.load(args.fixed_decoders, "a distilled file of kfs.py")
-    settings = distilled.get("settings", {})
-    found = (settings.get("high_res"), settings.get("decoders"), distilled.get("dataset"))
-    if found != (args.high_res, args.decoders, data.name):
-        raise common.UserError(f"{args.fixed_decoders} has no decoders of kfs.py that fit these")
+    settings = distilled.get("settings", {}) if isinstance(distilled, dict) else {}
+    names = ("dataset", "size", "high_res", "decoders")
+    if any(settings.get(name) != vars(args)[name] for name in names):
+        raise common.UserError(
+            f"{args.fixed_decoders} holds no decoders of kfs.py for these settings"
+        )
     return open_factors(distilled, data.device)[1]
 
 
@@ -288,10 +290,7 @@ def idc_augment(images, flip, *key):
 
 
 def cutmix(images, labels, *key):
-    """IDC's CutMix: with p = 0.5, a box of a uniform share of the image comes from another one.
-
-    labels (n, C) are mixed in proportion to the box's area inside the image.
-    """
+    """IDC's CutMix: with p = 0.5, each image gets a box of another; labels (n, C) mix by area."""
     use, area, y, x = (common.hash_int(*key, name) / 2**63 for name in ("use", "area", "y", "x"))
     if use < 0.5:
         return images, labels
@@ -301,8 +300,7 @@ def cutmix(images, labels, *key):
     box = rows[:, None] & columns
     common.seed(*key, "partner")
     other = torch.randperm(len(images), device=images.device)
-    share = box.float().mean()
-    return torch.where(box, images[other], images), labels.lerp(labels[other], share)
+    return torch.where(box, images[other], images), labels.lerp(labels[other], box.float().mean())
 
 
 def main():

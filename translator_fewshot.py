@@ -51,9 +51,9 @@ class Args(common.Args):
     iterations: int = arg(3000, "T: steps of the distillation in one network")
     lr: float = arg(1e-3, "alpha: learning rate of images and labels (Adam)")
     adapt_steps: int = arg(1000, "S': steps of the adaptation; Ours-DS: 6 to 15 times as many")
-    lr_adapt: float = arg(1e-4, "eta': its learning rate (Adam)")
+    lr_adapt: float = arg(1e-4, "eta': learning rate of the adaptation; bi-level: of theta (Adam)")
     pretrain_steps: int = arg(200000, "S: steps of the pre-training")
-    lr_pretrain: float = arg(1e-5, "eta: its learning rate (Adam)")
+    lr_pretrain: float = arg(1e-5, "eta: learning rate of the pre-training (Adam)")
     subsets: int = arg(5000, "N: cached subsets")
     max_classes: int = arg(100, "C_max: classes of a subset, at most")
     min_classes: int = arg(10, "C_min: classes of a subset, at least")
@@ -259,7 +259,7 @@ def build_translator(data, args):
     translator = Translator().to(data.device)
     if args.mode in ("adapted", "no-adaptation"):
         stored = common.load(args.translator, "a translator (--translator, see --mode pretrain)")
-        names = stored.get("weights", {}).keys()
+        names = stored.get("weights", {}).keys() if isinstance(stored, dict) else ()
         if names != translator.state_dict().keys() or stored["preprocess"] != data.preprocess.kind:
             raise common.UserError(f"{args.translator} is no translator for {data.preprocess.kind}")
         translator.load_state_dict(stored["weights"])

@@ -316,6 +316,8 @@ def test_train(regression, data):
         return images
 
     settings = {"batch": 15, "epochs": 3, "weight_decay": 0.05, "regression": regression}
+    if regression:
+        settings["optimizer"] = torch.optim.AdamW
     settings["network"] = lambda *shape: common.ConvNet(*shape, width=8).double()
     protocol = common.Protocol(augment=augment, **settings)
     trained = common.train(data, variants, labels, protocol, "key")

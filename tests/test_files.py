@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -166,13 +167,15 @@ def test_presets(argv, lr, zca, capsys):
         assert json.loads(capsys.readouterr().out) == dataclasses.asdict(args)
 
 
-def test_help(capsys, monkeypatch):
+@pytest.mark.parametrize("method", "mtt dm haba kfs frepo translator_fewshot".split())
+def test_help(method, capsys, monkeypatch):
     """Every flag with the text of its field."""
+    module = importlib.import_module(method)
     monkeypatch.setenv("COLUMNS", "999")
     with pytest.raises(SystemExit):
-        common.parse_args(Args, PRESETS, ["--help"])
+        common.parse_args(module.Args, module.PRESETS, ["--help"])
     out = capsys.readouterr().out
-    for field in dataclasses.fields(Args):
+    for field in dataclasses.fields(module.Args):
         text, flag = field.metadata["help"], "--" + field.name.replace("_", "-")
         assert text and re.search(rf"{flag}\b[^\n]*\s+{re.escape(text)}", out), flag
 
