@@ -14,8 +14,8 @@ L_DD matches training trajectories (Eq. 7, see mtt.py), or is DM's or DC's objec
     python haba.py --dataset cifar10 --bpc 9        # the paper: 69.9 +- 0.4 %
 
 Measured: 44.1 +- 0.7 % with --bpc 1 --experts 8 --expert-epochs 1 --step-size 0.005
---lr-hallucinators 1 --iterations 150 (random real images 22.5, the paper 48.3). With the authors'
-eta_H of 100, hallucinator weights reach 58 within 15 iterations. They standardize each batch too.
+--lr-hallucinators 1 --iterations 150 (the paper: 48.3). With eta_H = 100, weights of hallucinators
+reach 58 within 15 iterations. Unlike the authors' code, this one does not standardize batches.
 """
 
 from dataclasses import dataclass
