@@ -584,14 +584,14 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
 
     start, target: expert parameters (P,) at epochs t and t + M. batch(n) -> images, labels of step
     n. kept: steps that keep their graph; the others rebuild it on the way back, so that memory is
-    bounded. Default: as many as hold 500 images of 32x32 (on a GPU 5,000), less two.
+    bounded. Default: as many as hold 550 images of 32x32 (on a GPU 5,000), less two.
     -> loss, gradient of step_size (0-d). Adds to the gradients of the leaves behind the images.
     """
     lr = step_size.detach()
     student = start
     tape = []
     if kept is None:
-        pixels = 32 * 32 * (5000 if start.is_cuda else 500)
+        pixels = 32 * 32 * (5000 if start.is_cuda else 550)
         kept = pixels // batch(0)[0][:, 0].numel() - 2
     for n in range(steps):
         keep = n >= steps - kept

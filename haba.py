@@ -64,7 +64,7 @@ class Args(common.Args):
         return common.dsa(images, *key, **options) if self.dsa else images
 
 
-SHORT = dict(iterations=170, hallucinators=4, experts=2, student_steps=20, max_start=5)
+SHORT = dict(iterations=130, hallucinators=4, experts=2, student_steps=20, max_start=5)
 SHORT |= dict(expert_epochs=4, step_size=0.005, batch_real=64, net_epochs=5, runs=2, epochs=200)
 # The paper has eta_H = eta_B, but with that the hallucinators diverge
 DM = dict(iterations=20000, lr_bases=1.0, lr_hallucinators=0.001)

@@ -52,7 +52,7 @@ PRESETS = {  # the authors' settings
     ("tinyimagenet", 10): dict(max_start=40, lr_images=1e4, lr_step=1e-4, batch=200),
 }
 PRESETS["glyphs", 1] = PRESETS["cifar10", 1] | dict(zca=False, experts=2, expert_epochs=4)
-PRESETS["glyphs", 1] |= dict(max_start=5, student_steps=20, step_size=0.005, iterations=130)
+PRESETS["glyphs", 1] |= dict(max_start=5, student_steps=20, step_size=0.005, iterations=100)
 PRESETS["glyphs", 1] |= dict(runs=2, epochs=200)
 
 
