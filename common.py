@@ -619,11 +619,11 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
 # ------------------------------------------------------------ ridge regression (FRePo, translator)
 
 
-def krr(support, labels, target, ridge=1e-6):
-    """Kernel ridge regression (survey Eq. 14): K_ts (K_ss + ridge trace(K_ss) / n I)^-1 labels.
+def krr(support, labels, ridge=1e-6):
+    """Kernel ridge regression (survey Eq. 14): w = f^T (f f^T + ridge trace(f f^T) / n I)^-1 y.
 
-    support (n, d), labels (n, C), target (m, d): features -> (m, C). In float64, as the ridge is
-    below float32's rounding; NaN where K_ss is not positive definite.
+    support f (n, d), labels y (n, C) -> w (d, C); features (m, d) @ w are the predictions. In
+    float64, as the ridge is below float32's rounding; NaN where f f^T is not positive definite.
     """
     wide = support.double()
     kernel = wide @ wide.T
@@ -631,7 +631,7 @@ def krr(support, labels, target, ridge=1e-6):
     factor, failed = torch.linalg.cholesky_ex(kernel + ridge * kernel.diagonal().mean() * eye)
     factor = torch.where(failed > 0, torch.nan, factor)
     weights = wide.T @ torch.cholesky_solve(labels.double(), factor)
-    return target @ weights.to(target.dtype)
+    return weights.to(support.dtype)
 
 
 def half_square(predicted, labels):

@@ -124,7 +124,7 @@ def distill(data, args, path):
         if args.mirror and data.flip:
             support, support_labels = torch.cat([images, images.flip(3)]), labels.repeat(2, 1)
         truth = common.center_labels(real_labels, classes)
-        predicted = common.krr(net.features(support), support_labels, target, args.ridge)
+        predicted = target @ common.krr(net.features(support), support_labels, args.ridge)
         loss = common.half_square(predicted, truth)
         decay = 0.55 + 0.45 * math.cos(math.pi * it / args.iterations)
         optimizer.param_groups[0]["lr"] = args.lr * decay

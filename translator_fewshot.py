@@ -103,13 +103,13 @@ def build_network(data):
     return net.requires_grad_(False).reset("theta").to(data.device)
 
 
-def nfr(net, images, labels, target, target_labels, data):
-    """Compute Eq. 2 for synthetic images, features (m, d) and labels (m, C) of real ones."""
+def fit(net, images, labels, data):
+    """Compute w* (d, C) of Eq. 2 for synthetic images and labels."""
     images = F.interpolate(images, data.shape[1:], mode="bilinear")  # Ours-DS: from half the side
     if data.flip:  # as in FRePo, with mirror images
         images = torch.cat([images, images.flip(3)])
         labels = labels.repeat(2, 1)
-    return common.half_square(common.krr(net.features(images), labels, target), target_labels)
+    return common.krr(net.features(images), labels)
 
 
 def random_network_loss(net, images, labels, data, args, *key):
@@ -118,7 +118,7 @@ def random_network_loss(net, images, labels, data, args, *key):
     real, real_labels = data.batch(args.batch_real, *key, "real")
     target = common.features(net, real)
     target_labels = common.center_labels(real_labels, len(data.classes))
-    return nfr(net, images, labels, target, target_labels, data)
+    return common.half_square(target @ fit(net, images, labels, data), target_labels)
 
 
 def start_synthetic(data, args, *key):
@@ -131,11 +131,21 @@ def start_synthetic(data, args, *key):
     return images.requires_grad_(), labels.requires_grad_()
 
 
+def quadratic_form(theta, data):
+    """Coefficients of Eq. 2 as a quadratic form in w: f^T f / m (d, d), f^T y / m and y^T y / m.
+
+    A step with them does not touch the features f (m, d) of all real images.
+    """
+    f = common.features(theta, data.train)
+    y = common.center_labels(data.train_labels, len(data.classes))
+    return f.T @ f / len(f), f.T @ y / len(f), y.square().sum() / len(f)
+
+
 def distill_in_one_network(theta, data, args, path):
     """Distill `data` in theta (Alg. 2, lines 4 to 10) -> images, labels, common.Run."""
     images, labels = start_synthetic(data, args, args.seed, "start")
-    target = common.features(theta, data.train)  # line 5
-    target_labels = common.center_labels(data.train_labels, len(data.classes))
+    if args.mode != "baseline":
+        gram, cross, constant = quadratic_form(theta, data)  # line 5
     optimizer = torch.optim.Adam([images, labels], lr=args.lr)
     state = {"images": images, "labels": labels, "optimizer": optimizer}
 
@@ -144,7 +154,8 @@ def distill_in_one_network(theta, data, args, path):
         if args.mode == "baseline":  # a new network and a real batch in each step
             loss = random_network_loss(theta, images, labels, data, args, args.seed, t)
         else:
-            loss = nfr(theta, images, labels, target, target_labels, data)  # line 7
+            w = fit(theta, images, labels, data)
+            loss = 0.5 * ((w * (gram @ w - 2 * cross)).sum() + constant)  # line 7
         decay = 0.55 + 0.45 * math.cos(math.pi * t / args.iterations)
         optimizer.param_groups[0]["lr"] = args.lr * decay
         optimizer.zero_grad()
@@ -218,7 +229,8 @@ def bilevel_loss(theta, net, data, args, i, alpha=2.0):
     target = theta.features(real)  # line 4
     target_labels = common.center_labels(real_labels, len(data.classes))
     for _ in range(args.inner_steps):
-        loss = nfr(theta, images, labels, target, target_labels, data)  # line 6
+        w = fit(theta, images, labels, data)
+        loss = common.half_square(target @ w, target_labels)  # line 6
         slopes = torch.autograd.grad(loss, (images, labels), create_graph=True)
         images = images - alpha * slopes[0]  # line 7
         labels = labels - alpha * slopes[1]  # line 8

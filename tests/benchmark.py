@@ -5,8 +5,8 @@
 
 Images are noise, 3x32x32 in 10 classes. Seconds: the median of the iterations that fit into the
 budget, without the first. MB: the peak above what was held before. Floor: the arithmetic of the
-networks (for the translator also of the product with all real features), counted by hand, over the
-rate of a large matrix product. In forward passes an image costs 1 without a gradient, 2 with its
+networks (for the translator also of its quadratic form), counted by hand, over the rate
+of a large matrix product. In forward passes an image costs 1 without a gradient, 2 with its
 own, 3 with the network's, 9 in a student step (3 forward and backward, 6 for the gradient of the
 gradient; what is built a second time is not in the floor).
 """
@@ -192,7 +192,7 @@ def rows(device, quick, first, module):
         floor = (2560 + 3 * m) * CONVNET
         yield f"KFS, {ipc} a class, 256 real", 2560 + m, 0, floor, work, None
         work = partial(distill, translator_fewshot, device, ipc=ipc, mode="one-net")
-        floor = 4 * n * FREPO + 4 * 5120 * 8192 * CLASSES
+        floor = 4 * n * FREPO + 4 * 8192**2 * CLASSES
         yield f"translator's step in one network, {ipc} a class", 2 * n, floor, 0, work, None
         rest = first and (make_data(first, device), ipc, module.SETTINGS["cifar10", 1], 0, PATH)
         works = partial(distill, dm, device, ipc=ipc), first and partial(module.distill, *rest)

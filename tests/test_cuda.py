@@ -25,7 +25,7 @@ def compute(device, data):
     start = common.flatten(net).cpu()
     moved = start, start + torch.randn_like(start) / 100, data.train, torch.randn(3, 2048), codes
     start, target, images, means, codes = (x.to(device).requires_grad_() for x in moved)
-    fitted = common.krr(images[:12].flatten(1), torch.eye(12, device=device), images.flatten(1))
+    fitted = images.flatten(1) @ common.krr(images[:12].flatten(1), torch.eye(12, device=device))
     pair, alpha = (images, data.train_labels.to(device)), torch.tensor(0.1, device=device)
     match = common.match_trajectory(net, start.detach(), target.detach(), alpha, lambda n: pair, 3)
     distance = kfs.match_distribution(net, means.detach(), codes, decoders, kfs.Args(), 0)

@@ -187,7 +187,7 @@ def test_proposition_1(data):
     relation, solutions = torch.randn(5, 3), []  # labels are linear, so that the error can be 0
     for space in (theta, theta_star):
         images = torch.randn(5, 5)
-        w = common.krr(images @ space, images @ relation, torch.eye(space.shape[1]), 1e-13)
+        w = common.krr(images @ space, images @ relation, 1e-13)
         assert relative(real @ space @ w, real @ relation) < 1e-6  # fits without error
         solutions.append(w)
     expected = torch.linalg.pinv(theta_star) @ theta @ solutions[0]
