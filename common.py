@@ -147,10 +147,14 @@ def seed(*key):
     torch.manual_seed(hash_int(*key))
 
 
+def is_bfloat16(device):
+    """Whether `autocast` computes in bfloat16: on a CPU with instructions for it."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def autocast(device):
-    """bfloat16 on a CPU with instructions for it (1.9 times as fast), else nothing."""
-    enabled = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+    """A context in bfloat16 where it is fast (1.9 times), else in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16(device))
 
 
 # ------------------------------------------------------------ data

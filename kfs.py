@@ -224,7 +224,7 @@ def load_real_means(net, data, args):
     """Load or compute K random networks (K, P) and their class means (K, C, d) (Sec. 3.2)."""
     if args.batch_real:
         raise common.UserError("--real-means are over all real images: leave out --batch-real")
-    name = f"{data.name}_{data.preprocess.fingerprint}"
+    name = f"{data.name}_{data.preprocess.fingerprint}" + "_bf16" * common.is_bfloat16(data.device)
     progress = common.Progress(args.real_means, "real means")
     stored = []
     for k in range(args.real_means):

@@ -211,7 +211,7 @@ def main():
     common.Run, common.load_experts = Timer, lambda *_: experts
     versions = load_first_version(args.against) if args.against else (None, None)
 
-    low = torch.bfloat16 if common.autocast(device)._enabled else torch.float32
+    low = torch.bfloat16 if common.is_bfloat16(device) else torch.float32
     rates = matmul_rate(device, torch.float32), matmul_rate(device, low)
     speed = f"{rates[0] / 1e9:.0f} GFLOP/s in float32, {rates[1] / 1e9:.0f} in {low}"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {speed}\n")

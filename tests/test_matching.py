@@ -224,7 +224,11 @@ def test_kfs(settings, networks, data, tmp_path, monkeypatch):
     assert relative(images[0, [9, 13]], alone) < 1e-10 and labels[[9, 13]].tolist() == [1, 1]
     if settings:  # the stored means serve the next run
         monkeypatch.setattr(kfs, "class_means", None)
-        assert len(kfs.load_real_means(common.ConvNet(data.shape, 3), data, args)[1]) == 2
+        rest = (common.ConvNet(data.shape, 3), data, args)
+        assert len(kfs.load_real_means(*rest)[1]) == 2
+        monkeypatch.setattr(common, "is_bfloat16", lambda device: True)
+        with pytest.raises(TypeError):  # but not in another precision
+            kfs.load_real_means(*rest)
 
 
 def test_idc_augmentation(data, monkeypatch):
