@@ -16,6 +16,9 @@ images and soft labels train a fresh network of this kind by squared error.
 
 Measured: 37.7 +- 0.5 % with --iterations 300 --lr 0.01 --batch-real 512.
 
+Beyond Eq. 17, as in the authors' code: lambda is in units of trace(K_ss) / n, mirror images join
+X_s, and a hinge on the margin of y_s is added to L.
+
 Not as in the authors' JAX code: no batch norm in the pool (there it follows the pooling; their
 PyTorch branch has none), torch's initialization (theirs: LeCun's), a mean over real images in L.
 """

@@ -5,8 +5,8 @@ all classes share: |B| bases and |H| hallucinators give |B| x |H| training image
 learns features in which the images of a class are similar; bases and hallucinators learn to make
 the features of a basis differ from hallucinator to hallucinator:
 
-    L_S = L_DD + lambda_cos L_cos                   for bases and hallucinators (Eq. 6)
-    L_F = lambda_con L_con + lambda_task L_task     for F (Eq. 4)
+    L_S = L_DD + lambda_cos L_cos                for bases and hallucinators (Eq. 6, lambda_DD = 1)
+    L_F = lambda_con L_con + lambda_task L_task  for F (Eq. 4)
 
 L_DD matches training trajectories (Eq. 7, see mtt.py), or is DM's or DC's objective (Tab. 2).
 
@@ -45,7 +45,7 @@ class Args(common.Args):
     basis_size: int = arg(0, "h', w': side of a basis; 0: as the image")
     lr_bases: float = arg(100.0, "eta_B: learning rate of the bases")
     lr_hallucinators: float = arg(100.0, "eta_H: learning rate of the hallucinators")
-    weight_cos: float = arg(0.1, "lambda_cos (Eq. 6); dm, dc: norm of the gradient over L_DD's")
+    weight_cos: float = arg(0.1, "lambda_cos (Eq. 6); dm, dc: its gradient's norm over L_DD's")
     weight_con: float = arg(0.1, "lambda_con: weight of L_con (Eq. 4)")
     weight_task: float = arg(1.0, "lambda_task: weight of the cross-entropy of F (Eq. 4)")
     dsa: bool = arg(True, "augment hallucinated images by DSA (Tab. 6)")
@@ -163,7 +163,7 @@ class FactorizedSet(nn.Module):
 def contrastive_loss(features, labels, temperature=0.07):
     """L_con (Eq. 3) in the supervised form of the experiments: features (n, d), labels (n,).
 
-    Positives are all others of a class, not of a basis. The authors' code normalizes as well.
+    Positives are all others of the class, not of the basis. Normalized as in the authors' code.
     """
     x = F.normalize(features)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
@@ -207,7 +207,7 @@ def distill(data, args, path):
     run = common.Run(path, data, args, state, evaluate, experts)
     use_adversary = args.hallucinators > 1 and args.weight_cos > 0
     for it in range(run.start, args.iterations):
-        # What is not drawn has a gradient of 0: it moves by its momentum
+        # What is not drawn has a gradient of 0 and moves by its momentum (Alg. 1: not at all)
         for p in factors.parameters():
             p.grad = torch.zeros_like(p)
 
@@ -236,7 +236,7 @@ def distill(data, args, path):
         optimizer.step()
         step_size.clamp_(min=0.001)
 
-        # L_F (Eq. 4) of the same two, updated (lines 13, 14; the authors' code draws a new pair)
+        # L_F (Eq. 4; lines 13, 14): the same pair, hallucinated anew (authors' code: a new pair)
         if use_adversary:
             images, labels = hallucinate_pair(factors, data, args, it)
             features = adversary.features(images.detach())
@@ -251,7 +251,7 @@ def distill(data, args, path):
 
 
 def student_batch(factors, data, args, it, n):
-    """Images and labels of student step n, of one drawn hallucinator (the paper: of two)."""
+    """Images and labels of student step n: a hallucinator a step (the paper: two an iteration)."""
     key = (args.seed, it, "batch")
     index = common.student_indices(len(factors.bases), args.batch, n, *key, device=data.device)
     j = common.hash_int(*key, n, "hallucinator") % len(factors.hallucinators)

@@ -33,7 +33,7 @@ from common import arg
 
 @dataclass
 class Args(common.Args):
-    ipc: int = arg(1, "storage, in images a class")
+    ipc: int = arg(1, "storage of the codes, in images a class; the decoders come on top")
     iterations: int = arg(20000, "iterations of the distillation")
     lr_codes: float = arg(0.1, "learning rate of the codes (Adam)")
     lr_decoders: float = arg(0.01, "learning rate of the decoders (Adam)")
@@ -42,7 +42,7 @@ class Args(common.Args):
     codes: int = arg(0, "M: codes a class; 0: as many as fit into the storage")
     decoders: int = arg(8, "D: decoders")
     pretrain: int = arg(2000, "steps of the auto-encoder that the first decoder comes from")
-    real_means: int = arg(0, "K: networks with stored real means, used in turn; 0: always new ones")
+    real_means: int = arg(0, "K: stored networks, used in turn (paper: one a step); 0: always new")
     sample_decoders: int = arg(0, "decoders in an iteration (biased gradient, Eq. 2); 0: all")
     batch_real: int = arg(0, "real images a class in an iteration (noisy gradient, Eq. 3); 0: all")
     backprop: int = arg(0, "codes a class to backpropagate through (Sec. 3.2); 0: all")
@@ -60,8 +60,9 @@ PRESETS = {
 class Decoders(nn.Module):
     """D decoders as the groups of grouped transposed convolutions (Tables 4, 5).
 
-    With widths 12, 9, 6, 3 and kernel 2, a decoder has 738 parameters. The only nonlinearity in
-    the tables is a final sigmoid; its pixels are then standardized by mean and std (c, 1, 1).
+    With widths 12, 9, 6, 3 and kernel 2, a decoder has 738 parameters (App. B has kernel 4 for
+    ImageNet; not here). The only nonlinearity is a final sigmoid; its pixels are then standardized
+    by mean and std (c, 1, 1).
     """
 
     def __init__(self, count, args, shape, mean, std):
@@ -87,9 +88,9 @@ class Decoders(nn.Module):
 def layout(args, shape):
     """Shape of a code, number of codes M, and widths of the decoders.
 
-    The paper's Tables 6 and 9 are lost. Its text prints, for one image of 3x32x32, 16 codes of
-    12x4x4 and 8 decoders of widths 12, 9, 6, 3 (Low-R), and codes of 12x4x4 for ten images, too.
-    At about ten images and more we take 12x8x8 and 12, 6, 3 (High-R); --no-high-res keeps Low-R.
+    Tables 6 and 9 are missing from our copy of the paper. Its text prints 16 codes of 12x4x4 and 8
+    decoders of widths 12, 9, 6, 3 (Low-R) for one image of 3x32x32, and the same codes for ten
+    (30,720 numbers are 160 of them). From about ten images on we take 12x8x8 and 12, 6, 3 (High-R).
     """
     c, h, w = shape
     cell = 4 if args.high_res else 8

@@ -18,9 +18,11 @@ in S' steps. The result trains a fresh network like FRePo's. --mode is a column 
 No code of the authors is known. As the paper says, what it does not print follows FRePo's PyTorch
 branch: no norm, torch's initialization, ridge 1e-6, mirror images, the hinge on labels, AdamW in
 scoring, Adam with a cosine to 10 % on images and labels. Ours: half the mean over real images as
-the loss (the paper: a sum), a width of 64 and constant rates for G, the number of a subset's
-synthetic images (uniform), loss and batch of the auto-encoder, batches of real images (the paper:
-all; in Alg. 1 one inside and outside), mirrors for all budgets, number and rate of Alg. 1's steps.
+the loss (the paper: a sum); G's width of 64, last convolution, lack of down-sampling, Adam at
+constant rates, work at half the side in Ours-DS; a subset's number of synthetic images (uniform)
+and one DSA copy of each real image; loss and batch of the auto-encoder; batches of real images (the
+paper: all; the inner and outer loss of Alg. 1 share one); mirrors for all budgets; number and rate
+of Alg. 1's steps, which are plain and without the hinge.
 """
 
 import math
@@ -80,8 +82,8 @@ PRESETS = {
 class Translator(nn.Module):
     """G: 3 blocks of conv 3x3, batch norm, ReLU, then a conv to the image, for all sizes.
 
-    Batch norm takes the statistics of the set at hand. Labels pass unchanged. A gray image enters
-    as three equal channels.
+    The paper's G maps images and labels (Alg. 2, line 11); ours leaves the labels as they are.
+    Batch norm takes the statistics of the set at hand. A gray image enters as three equal channels.
     """
 
     def __init__(self):
@@ -132,7 +134,7 @@ def start_synthetic(data, args, *key):
 
 
 def quadratic_form(theta, data):
-    """Coefficients of Eq. 2 as a quadratic form in w: f^T f / m (d, d), f^T y / m and y^T y / m.
+    """Coefficients of Eq. 2, a quadratic in w: f^T f / m (d, d), f^T y / m (d, C), ||y||^2 / m.
 
     A step with them does not touch the features f (m, d) of all real images.
     """
@@ -154,8 +156,8 @@ def distill_in_one_network(theta, data, args, path):
         if args.mode == "baseline":  # a new network and a real batch in each step
             loss = random_network_loss(theta, images, labels, data, args, args.seed, t)
         else:
-            w = fit(theta, images, labels, data)
-            loss = 0.5 * ((w * (gram @ w - 2 * cross)).sum() + constant)  # line 7
+            w = fit(theta, images, labels, data)  # line 7
+            loss = 0.5 * ((w * (gram @ w - 2 * cross)).sum() + constant)  # ||f w - y||^2 / 2m
         decay = 0.55 + 0.45 * math.cos(math.pi * t / args.iterations)
         optimizer.param_groups[0]["lr"] = args.lr * decay
         optimizer.zero_grad()
@@ -220,8 +222,8 @@ def reconstruction_loss(translator, data, args, i):
 def bilevel_loss(theta, net, data, args, i, alpha=2.0):
     """Compute Alg. 1, lines 3 to 12: T steps in theta, then Eq. 2 in a random network.
 
-    One graph holds all steps, so memory grows with T, as in the paper. alpha: 2 on half the mean
-    over 1,024 images is the paper's 1e-3 on the sum of squares.
+    One graph holds all steps, so memory grows with T, as in the paper. alpha is a rate on half the
+    mean: 2 is Table 1's 1e-3 on the sum over 1,024 images; over all 50,000 (line 4) it were 100.
     """
     key = (args.seed, "space", i)
     images, labels = start_synthetic(data, args, *key, "start")  # line 3
@@ -229,8 +231,8 @@ def bilevel_loss(theta, net, data, args, i, alpha=2.0):
     target = theta.features(real)  # line 4
     target_labels = common.center_labels(real_labels, len(data.classes))
     for _ in range(args.inner_steps):
-        w = fit(theta, images, labels, data)
-        loss = common.half_square(target @ w, target_labels)  # line 6
+        w = fit(theta, images, labels, data)  # line 6
+        loss = common.half_square(target @ w, target_labels)
         slopes = torch.autograd.grad(loss, (images, labels), create_graph=True)
         images = images - alpha * slopes[0]  # line 7
         labels = labels - alpha * slopes[1]  # line 8

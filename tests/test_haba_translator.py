@@ -216,6 +216,21 @@ def test_bilevel_loss(flip, data, monkeypatch):
         assert relative(ours, theirs) < 1e-7
 
 
+@pytest.mark.parametrize("flip", [True, False])
+def test_one_network(flip, data, tmp_path, monkeypatch):
+    """Alg. 2, lines 4 to 9: each step's loss is Eq. 2 on all real images, by matrix inversion."""
+    monkeypatch.setattr(common, "krr", partial(common.krr, ridge=1e-3))
+    history, data.flip = plain.record_steps(monkeypatch), flip
+    theta, args = tf.build_network(data), tf.Args(mode="one-net", iterations=3, lr=0.1)
+    tf.distill_in_one_network(theta, data, args, tmp_path / "one.pt")
+    images, labels = tf.start_synthetic(data, args, 0, "start")
+    rest = data.train, common.center_labels(data.train_labels, 3), 1e-3, flip
+    for loss, state in history:
+        assert loss == pytest.approx(plain.nfr_by_hand(theta, images, labels, *rest).item())
+        images, labels = state["images"], state["labels"]
+    assert history[-1][0] < 0.99 * history[0][0]
+
+
 def test_translator(data):
     """One set of weights for all sizes; batch norm by the set at hand; gray as three channels."""
     translator = tf.Translator().eval()
