@@ -65,6 +65,11 @@ class Args:
     whitening = "zca"  # the kind of Preprocess
 
     @property
+    def method(self):
+        """Name of the script that defines these settings."""
+        return pathlib.Path(inspect.getfile(type(self))).stem
+
+    @property
     def per_class(self):
         """Images a class; bases in HaBa."""
         return self.bpc if hasattr(self, "bpc") else self.ipc
@@ -831,14 +836,14 @@ def cached(path, make):
     return load(path, "a cache")
 
 
-def output_path(method, args):
+def output_path(args, kind=""):
     """Make the folder args.out -> path of the distilled file, e.g. out/dm_cifar10_ipc10.pt."""
     folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     budget = "bpc" if hasattr(args, "bpc") else "ipc"
     suffix = f"_seed{args.seed}" if args.seed else ""
     dataset = pathlib.Path(args.dataset).name
-    return folder / f"{method}_{dataset}_{budget}{args.per_class}{suffix}.pt"
+    return folder / f"{args.method}{kind}_{dataset}_{budget}{args.per_class}{suffix}.pt"
 
 
 def save_distilled(path, data, args, tensors, run, step_size=None):
@@ -848,7 +853,7 @@ def save_distilled(path, data, args, tensors, run, step_size=None):
     """
     stored = sum(t.numel() for name, t in tensors.items() if name != "labels")
     distilled = {
-        "method": pathlib.Path(inspect.getfile(type(args))).stem,
+        "method": args.method,
         "dataset": data.name,
         "classes": data.classes,
         "shape": list(data.shape),

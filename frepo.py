@@ -164,7 +164,7 @@ def protocol(settings, count):
 
 def main():
     args = common.parse_args(Args, PRESETS)
-    path = common.output_path("frepo", args)
+    path = common.output_path(args)
     data = common.load_dataset(args)
     distilled = distill(data, args, path)
     images, labels = decode(distilled, data.device)

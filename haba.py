@@ -347,7 +347,7 @@ def save_picture(path, data, distilled, images):
 
 def main():
     args = common.parse_args(Args, PRESETS)
-    path = common.output_path("haba" if args.objective == "mtt" else f"haba_{args.objective}", args)
+    path = common.output_path(args, f"_{args.objective}".removesuffix("_mtt"))
     data = common.load_dataset(args)
     distilled = distill(data, args, path)
     if distilled:

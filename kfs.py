@@ -306,7 +306,7 @@ def cutmix(images, labels, *key):
 
 def main():
     args = common.parse_args(Args, PRESETS)
-    path = common.output_path("kfs", args)
+    path = common.output_path(args)
     data = common.load_dataset(args)
     distilled = distill(data, args, path)
     images, labels = decode(distilled, data.device)

@@ -111,7 +111,7 @@ def protocol(settings=None, count=None):
 
 def main():
     args = common.parse_args(Args, PRESETS)
-    path = common.output_path("mtt", args)
+    path = common.output_path(args)
     data = common.load_dataset(args)
     distilled = distill(data, args, path)
     if distilled:

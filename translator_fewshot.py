@@ -272,7 +272,9 @@ def build_translator(data, args):
     common.seed(args.seed, "translator")
     translator = Translator().to(data.device)
     if args.mode in ("adapted", "no-adaptation"):
-        stored = common.load(args.translator, "a translator (--translator, see --mode pretrain)")
+        if not args.translator:
+            raise common.UserError(f"--mode {args.mode} needs --translator, see --mode pretrain")
+        stored = common.load(args.translator, "a translator")
         names = stored.get("weights", {}).keys() if isinstance(stored, dict) else ()
         if names != translator.state_dict().keys() or stored["preprocess"] != data.preprocess.kind:
             raise common.UserError(f"{args.translator} is no translator for {data.preprocess.kind}")
@@ -339,7 +341,7 @@ def main():
     args = common.parse_args(Args, PRESETS)
     if args.eval_every:
         raise common.UserError("this method scores at the end only: leave out --eval-every")
-    path = common.output_path(f"translator_fewshot_{args.mode}", args)
+    path = common.output_path(args, f"_{args.mode}")
     data = common.load_dataset(args)
     if args.mode == "pretrain":
         return pretrain(data, args)

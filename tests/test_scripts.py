@@ -174,6 +174,10 @@ def test_copied_alone(home, tmp_path):
     assert [process.wait() for process in processes] == [0, 0]
     assert [path.name for path in (tmp_path / "out").glob("*.pt")] == ["haba_tiny_bpc1.pt"]
     assert len(list(tmp_path.glob("data/experts/*/seed7_expert00[01].pt"))) == 2
+    shutil.copy(ROOT / "dm.py", tmp_path / "mine.py")  # its files have its name
+    words = [sys.executable, "mine.py", *command("dm", home)]
+    assert subprocess.call(words, cwd=tmp_path, env=env) == 0
+    assert load(tmp_path / "out/mine_tiny_ipc1.pt")["method"] == "mine"
 
 
 def test_experts_only(call, tmp_path):
