@@ -39,8 +39,8 @@ def test_hallucinator(depth, channels, parameters):
     torch.nn.init.normal_(module.scale)
     torch.nn.init.normal_(module.shift)
     bases = x = torch.randn(5, 3, 32, 32)
-    parts = (module.encoder, module.decoder)
-    encoder, decoder = [[m for m in part if isinstance(m, torch.nn.Conv2d)] for part in parts]
+    encoder = [m for m in module.encoder if isinstance(m, torch.nn.Conv2d)]
+    decoder = [m for m in module.decoder if isinstance(m, torch.nn.Conv2d)]
     for i, conv in enumerate(encoder):
         if i:  # means of 2x2 pixels
             x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
