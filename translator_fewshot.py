@@ -23,6 +23,8 @@ constant rates, work at half the side in Ours-DS; a subset's number of synthetic
 and one DSA copy of each real image; loss and batch of the auto-encoder; batches of real images (the
 paper: all; the inner and outer loss of Alg. 1 share one); mirrors for all budgets; number and rate
 of Alg. 1's steps, which are plain and without the hinge.
+
+Measured: 37.8 +- 0.2 % after 1,000 steps of pre-training on 24 subsets of tiny32 (README: Results).
 """
 
 import math
