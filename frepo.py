@@ -129,8 +129,7 @@ def distill(data, args, path):
         truth = common.center_labels(real_labels, classes)
         predicted = target @ common.krr(net.features(support), support_labels, args.ridge)
         loss = common.half_square(predicted, truth)
-        decay = 0.55 + 0.45 * math.cos(math.pi * it / args.iterations)
-        optimizer.param_groups[0]["lr"] = args.lr * decay
+        optimizer.param_groups[0]["lr"] = args.lr * common.cosine(it, args.iterations)
         optimizer.zero_grad()
         (loss + args.weight_margin * common.margin_loss(labels)).backward()
         optimizer.step()

@@ -160,8 +160,7 @@ def distill_in_one_network(theta, data, args, path):
         else:
             w = fit(theta, images, labels, data)  # line 7
             loss = 0.5 * ((w * (gram @ w - 2 * cross)).sum() + constant)  # ||f w - y||^2 / 2m
-        decay = 0.55 + 0.45 * math.cos(math.pi * t / args.iterations)
-        optimizer.param_groups[0]["lr"] = args.lr * decay
+        optimizer.param_groups[0]["lr"] = args.lr * common.cosine(t, args.iterations)
         optimizer.zero_grad()
         (loss + common.margin_loss(labels)).backward()
         optimizer.step()  # lines 8, 9
