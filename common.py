@@ -6,6 +6,7 @@ as (seed, iteration, "real"), so a resumed run draws the same numbers.
 """
 
 import argparse
+import ctypes
 import difflib
 import hashlib
 import inspect
@@ -162,6 +163,14 @@ def autocast(device):
     return torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16(device))
 
 
+def keep_memory():
+    """Keep freed memory for the next step. On a CPU, fresh pages take a fifth of the time."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own, which free() would return
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing of the heap's end, either
+
+
 # ------------------------------------------------------------ data
 
 STATS = {  # torchvision's name; mean and std a channel. MTT's code uses CIFAR-10's for CIFAR-100
@@ -227,6 +236,7 @@ def load_dataset(args, name=None, kind=None):
     if args.device not in ("auto", device):
         raise UserError(f"--device {args.device} is not available: use --device cpu")
     torch.backends.cudnn.benchmark = True  # by torch's defaults, convolutions alone use TF32
+    keep_memory()
 
     name = name or args.dataset
     *arrays, classes = read_images(name, args)
@@ -461,9 +471,10 @@ class AvgPool(nn.Module):
     def forward(self, x):
         if x.is_cuda:
             return F.avg_pool2d(x, 2)
-        h, w = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
-        x = x[..., :h:2, :w] + x[..., 1:h:2, :w]
-        return (x[..., ::2] + x[..., 1::2]) / 4
+        even = x.shape[-1] // 2 * 2
+        top, bottom = x[..., :even, :even].unflatten(-2, (-1, 2)).unbind(-2)
+        left, right = (top + bottom).unflatten(-1, (-1, 2)).unbind(-1)
+        return (left + right) / 4
 
 
 class ConvNet(nn.Module):
@@ -485,7 +496,7 @@ class ConvNet(nn.Module):
             self.blocks.append(nn.Conv2d(channels, width, 3, padding=1 if i else pad))
             if norm:
                 self.blocks.append(nn.GroupNorm(width, width))  # as many groups as channels
-            self.blocks.extend([nn.ReLU(), AvgPool()])
+            self.blocks.extend([nn.ReLU(inplace=True), AvgPool()])
             channels, size = width, size // 2
             width *= 1 + double
         self.classifier = nn.Linear(channels * size * size, classes)

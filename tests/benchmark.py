@@ -217,10 +217,13 @@ def main():
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {speed}\n")
     print("| one iteration | seconds | images/s | MB | floor | over floor | first version |")
     print("| --- " * 7 + "|")
-    for name, images, exact, reduced, work, theirs in rows(device, args.quick, *versions):
+    table = list(rows(device, args.quick, *versions))
+    theirs = [measure(row[-1])[0] if args.against and row[-1] else None for row in table]
+    common.keep_memory()  # after the first version, which returns what it frees
+    for (name, images, exact, reduced, work, _), old in zip(table, theirs, strict=True):
         seconds, megabytes = measure(work)
         floor = exact / rates[0] + reduced / rates[1]
-        first = f"{measure(theirs)[0]:.3g}" if args.against and theirs else ""
+        first = f"{old:.3g}" if old else ""
         numbers = f"{seconds:.3g} | {images / seconds:.0f} | {megabytes:.0f} | {floor:.3g}"
         print(f"| {name} | {numbers} | {seconds / floor:.2f} | {first} |", flush=True)
 
