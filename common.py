@@ -43,7 +43,7 @@ class UserError(Exception):
 
 
 def arg(default, text):
-    """A setting: default and help text. An integer may be 0 if the text has "0:"."""
+    """A setting with its help text. Integers start at 1, or at 0 if the text has "0:"."""
     return field(default=default, metadata={"help": text})
 
 
@@ -53,14 +53,14 @@ class Args:
 
     dataset: str = arg("glyphs", "glyphs, cifar10, cifar100, svhn, mnist, fashionmnist or a folder")
     data_dir: str = arg("data", "folder of data sets, experts and caches")
-    size: int = arg(0, "resize the images to squares of this side; 0: keep")
+    size: int = arg(0, "center-crop images to squares and resize to this side; 0: keep them")
     zca: bool = arg(False, "whiten the images")
-    seed: int = arg(0, "seed of all random numbers; 0: not in the names of files")
+    seed: int = arg(0, "random seed; 0: file names get no _seed suffix")
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "auto: a GPU if there is one")
     out: str = arg("out", "folder for the distilled file, picture, checkpoint and results.jsonl")
     iterations: int = arg(1000, "iterations of the distillation; 0: none")
     runs: int = arg(5, "networks trained for the score")
-    epochs: int = arg(0, "epochs of each of them; 0: the protocol's")
+    epochs: int = arg(0, "training epochs of each of these networks; 0: the protocol's")
     eval_every: int = arg(0, "score one network every so many iterations; 0: at the end only")
 
     whitening = "zca"  # the kind of Preprocess
@@ -72,14 +72,14 @@ class Args:
 
     @property
     def per_class(self):
-        """Images a class; bases in HaBa."""
+        """Images per class; bases in HaBa."""
         return self.bpc if hasattr(self, "bpc") else self.ipc
 
 
 def parse_args(cls, presets, argv=None):
     """Make flags from the dataclass `cls`. A flag beats a preset, a preset beats the default.
 
-    presets: {(data set, images a class): settings}, or {objective: presets}. Of a data set's
+    presets: {(data set, images per class): settings}, or {objective: presets}. Of a data set's
     presets the one with the nearest budget (in ratio) is taken. A data set without presets takes
     CIFAR-10's, except `zca`.
     """
@@ -125,11 +125,11 @@ def parse_args(cls, presets, argv=None):
 
 
 def run(main):
-    """Call main(). Invalid input ends with one line and status 2, Ctrl-C with status 130."""
+    """Call main(). Invalid input, OSError, out of memory: one line, status 2; Ctrl-C: 130."""
     try:
         return main()
     except KeyboardInterrupt as stop:
-        message = str(stop) or "stopped: the same command continues"
+        message = str(stop) or "stopped: repeat the command to continue"
         status = 130
     except (UserError, argparse.ArgumentError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -159,21 +159,21 @@ def is_bfloat16(device):
 
 
 def autocast(device):
-    """A context in bfloat16 where it is fast (1.9 times), else in float32."""
+    """A context: bfloat16 on CPUs with AVX-512 BF16 (1.9 times as fast), float32 elsewhere."""
     return torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16(device))
 
 
 def keep_memory():
-    """Keep freed memory for the next step. On a CPU, fresh pages take a fifth of the time."""
+    """Let malloc keep freed memory: page faults would take a fifth of a step on a CPU."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own, which free() would return
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing of the heap's end, either
+        libc.mallopt(-4, 0)  # M_MMAP_MAX = 0: no mmapped blocks, which free() would unmap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD = -1: free() never shrinks the heap
 
 
 # ------------------------------------------------------------ data
 
-STATS = {  # torchvision's name; mean and std a channel. MTT's code uses CIFAR-10's for CIFAR-100
+STATS = {  # torchvision class, channel means, channel stds; MTT's code has CIFAR-10's for CIFAR-100
     "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ("CIFAR100", (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
     "svhn": ("SVHN", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
@@ -213,7 +213,7 @@ class Dataset:
         """Different training images, class after class -> images (C * per_class, ...), labels."""
         n = self.smallest_class
         if per_class > n:
-            raise UserError(f"a class of {self.name} has {n} images: {per_class} are too many")
+            raise UserError(f"the smallest class of {self.name} has {n} images, not {per_class}")
         seed(*key)
         index = self.draw(self.indices_by_class, per_class).flatten()
         return self.train[index], self.train_labels[index]
@@ -235,8 +235,7 @@ def load_dataset(args, name=None, kind=None):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     if args.device not in ("auto", device):
         raise UserError(f"--device {args.device} is not available: use --device cpu")
-    torch.backends.cudnn.benchmark = True  # by torch's defaults, convolutions alone use TF32
-    keep_memory()
+    torch.backends.cudnn.benchmark = True  # TF32 stays at torch's default: convolutions only
 
     name = name or args.dataset
     *arrays, classes = read_images(name, args)
@@ -246,13 +245,16 @@ def load_dataset(args, name=None, kind=None):
         raise UserError(f"{name} has images of {width}x{height}: add --size 32 (or 64, 128)")
     name = pathlib.Path(name).name
     kind = kind or (args.whitening if args.zca else "standardize")
-    preprocess = Preprocess.fit(name, train, kind, args.data_dir)
+    preprocess = Preprocess.fit(name, train, train_labels, kind, args.data_dir)
     train, test = preprocess(train), preprocess(test)
+    keep_memory()  # from here on; the memory of reading and whitening goes back
     return Dataset(name, classes, train, train_labels, test, test_labels, preprocess)
 
 
 def read_images(name, args):
     """Read uint8 pixels, cached -> training images, labels, test images, labels, classes."""
+    if name == "glyphs" and args.size:
+        raise UserError("glyphs have 16x16 pixels: leave out --size")
     if name == "glyphs":
         return [*draw_glyphs(500, 0)[:2], *draw_glyphs(50, 1)]
     try:
@@ -263,9 +265,9 @@ def read_images(name, args):
         arrays = cached(path, partial(decode_images, splits, args.size))
     except (OSError, ValueError, RuntimeError, SyntaxError, ImportError) as error:
         raise UserError(f"{name} cannot be read: {str(error).partition('. ')[0]}") from None
-    classes, held_out = (list(getattr(split, "classes", "0123456789")) for split in splits)
-    if len(classes) < 2 or classes != held_out:
-        raise UserError(f"{name} needs the same two or more classes to train and to test")
+    classes, test_classes = (list(getattr(s, "classes", "0123456789")) for s in splits)  # SVHN
+    if len(classes) < 2 or classes != test_classes:
+        raise UserError(f"{name}: train and test need the same classes, two or more")
     return [*arrays, classes]
 
 
@@ -279,21 +281,23 @@ def open_splits(name, data_dir):
         known = ", ".join(["glyphs", *STATS])
         raise UserError(f"no data set {name}: use {known}, or a folder with train/ and test/")
     build = getattr(torchvision.datasets, STATS[name][0])
-    splits = ("train", "test") if name == "svhn" else (True, False)
+    splits = ("train", "test") if name == "svhn" else (True, False)  # split=, or train=
     return [build(data_dir, split, download=True) for split in splits]
 
 
 def decode_images(splits, size):
-    """Decode, and resize if size > 0 -> [pixels (n, c, h, w), labels (n,)] of all splits."""
+    """Decode, crop and resize if size > 0 -> [train pixels, labels, test pixels, labels]."""
     arrays = []
     for split in splits:
-        images, labels = zip(*split, strict=True)
-        if size:
-            images = [ImageOps.fit(image, (size, size)) for image in images]
-        if len({image.size for image in images}) > 1:
+        pixels = []
+        labels = []
+        for image, label in split:
+            image = ImageOps.fit(image, (size, size)) if size else image
+            pixels.append(pil_to_tensor(image))
+            labels.append(label)
+        if len({image.shape for image in pixels}) > 1:
             raise ValueError("its images differ in size: add --size 32 (or 64, 128)")
-        pixels = torch.stack([pil_to_tensor(image) for image in images])
-        arrays += [pixels, torch.tensor(labels)]
+        arrays += [torch.stack(pixels), torch.tensor(labels)]
     return arrays
 
 
@@ -332,21 +336,23 @@ class Preprocess:
     """
 
     kind: str
-    fingerprint: str  # hash of kind and training pixels; files fit together only if it is equal
+    fingerprint: str  # kind and hash of the training set; files fit together only if it is equal
     mean: torch.Tensor  # (c, 1, 1), or with ZCA the mean image
     std: torch.Tensor  # (c, 1, 1)
     whiten: torch.Tensor = None  # W (d, d)
 
     @classmethod
-    def fit(cls, name, pixels, kind, data_dir):
+    def fit(cls, name, pixels, labels, kind, data_dir):
         """Fit to uint8 training pixels. ZCA matrices are cached. Raises UserError."""
         total = pixels.sum(0, dtype=torch.int64)
-        fingerprint = f"{kind}-{hash_int(len(pixels), total.flatten().tolist()):016x}"
+        content = [len(pixels), total.flatten().tolist()]
         if name in STATS:
             mean, std = torch.tensor(STATS[name][1:], device=pixels.device)
-        else:
+        else:  # a folder's labels may change
+            content.append(labels.tolist())
             std, mean = torch.std_mean(pixels / 255, (0, 2, 3))
         mean, std = mean[:, None, None], std.clamp_min(0.01)[:, None, None]
+        fingerprint = f"{kind}-{hash_int(*content):016x}"
         if kind == "standardize":
             return cls(kind, fingerprint, mean, std)
 
@@ -386,10 +392,10 @@ def fit_zca(pixels, mean, std, kind):
 
 
 def dsa(images, flip, *key, shared=False):
-    """Apply one random transform of DSA (Zhao & Bilen 2021), each image with its own parameters.
+    """Apply a random transform of DSA (Zhao & Bilen 2021), its parameters drawn per image.
 
-    shared: all with the same, as in the Siamese form, where two batches with the same key get the
-    same transform. flip: whether mirroring is allowed.
+    shared: one set of parameters for all images, so that two batches of any size get the same
+    transform for the same key (Siamese DSA). flip: whether mirroring is allowed.
     """
     names = ("color", "crop", "cutout", "scale", "rotate") + ("flip",) * flip
     seed(*key)
@@ -406,11 +412,11 @@ def transform(images, name, u):
         return torch.where(u[:, 0].view(-1, 1, 1, 1) < 0.5, images.flip(3), images)
     if name == "cutout":  # a square of half the side, centered anywhere
         return cut(images, (u[:, :2] * (side + 1)).floor() - side // 4, side // 2)
-    if name == "crop":  # shift by up to 1/8 of the side, in pixels, zeros outside
+    if name == "crop":  # shift by whole pixels, at most 1/8 of the side; zeros outside
         reach = round(side / 8)
         y, x = 2 / side * ((u[:, :2] * (2 * reach + 1)).floor() - reach).T
         return warp(images, 1, 0, 0, 1, x, y)
-    if name == "scale":  # 1/1.2 .. 1.2 an axis
+    if name == "scale":  # each axis by 1/1.2 .. 1.2
         sx, sy = (1 / 1.2 + u[:, :2] * (1.2 - 1 / 1.2)).T
         return warp(images, sx, 0, 0, sy)
     angle = (u[:, 0] - 0.5) * math.radians(30)  # +-15 degrees
@@ -418,7 +424,7 @@ def transform(images, name, u):
 
 
 def frepo_augment(images, flip, *key, scale=False):
-    """FRePo's augmentation in scoring, not DSA's; scale: as in the authors' PyTorch branch."""
+    """Apply FRePo's scoring augmentation; scale: add scaling, as the authors' PyTorch branch."""
     names = ("color", "crop", "translate", "cutout", "rotate") + ("flip",) * flip
     names += ("scale",) * scale
     name = names[hash_int(*key) % len(names)]
@@ -448,14 +454,14 @@ def adjust_color(images, brightness, saturation, contrast):
 
 
 def cut(images, corner, side):
-    """Set a square to 0, its top left corner (n, 2) given in pixels."""
+    """Set a square of `side` pixels to 0; corner (n, 2): its top left (y, x), also negative."""
     pixel = torch.arange(images.shape[-1], device=images.device)
     inside = (pixel >= corner[..., None]) & (pixel < corner[..., None] + side)  # (n, 2, h)
     return images * ~(inside[:, 0, None, :, None] & inside[:, 1, None, None, :])
 
 
 def warp(images, a, b, c, d, x=0, y=0, padding="zeros"):
-    """Resample: the output at p is the input at [[a, b], [c, d]] p + [x, y]; the side is 2."""
+    """Affine resampling: output(p) = input([[a, b], [c, d]] p + [x, y]), p in [-1, 1]^2."""
     zero = torch.zeros(len(images), device=images.device)
     theta = torch.stack([zero + value for value in (a, b, x, c, d, y)], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta.to(images.dtype), images.shape, align_corners=False)
@@ -495,7 +501,9 @@ class ConvNet(nn.Module):
         for i in range(depth):
             self.blocks.append(nn.Conv2d(channels, width, 3, padding=1 if i else pad))
             if norm:
-                self.blocks.append(nn.GroupNorm(width, width))  # as many groups as channels
+                self.blocks.append(
+                    nn.GroupNorm(width, width)
+                )  # one group per channel: instance norm
             self.blocks.extend([nn.ReLU(inplace=True), AvgPool()])
             channels, size = width, size // 2
             width *= 1 + double
@@ -520,7 +528,7 @@ class ConvNet(nn.Module):
 
 
 @torch.no_grad()
-def features(net, images):
+def frozen_features(net, images):
     """net.features without a graph, 512 images at a time -> (n, d) of the images' type."""
     with autocast(images.device):
         return torch.cat([net.features(x).to(images.dtype) for x in images.split(512)])
@@ -552,7 +560,7 @@ def load_experts(data, args):
     folder = pathlib.Path(args.data_dir) / "experts" / f"{data.name}_{data.preprocess.fingerprint}"
     own = [folder / f"seed{args.seed}_expert{i:03d}.pt" for i in range(args.experts)]
     others = sorted(set(folder.glob("seed*.pt")) - set(own)) if args.iterations else []
-    paths = sorted(own + others, key=lambda path: not path.exists())
+    paths = sorted(own + others, key=lambda path: not path.exists())  # existing ones first
     return torch.stack([train_expert(data, path, epochs) for path in sorted(paths[: args.experts])])
 
 
@@ -601,19 +609,19 @@ def student_gradient(net, params, images, labels, create_graph=False):
 
 
 def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
-    """Train a student, compare it with an expert, differentiate (HaBa Eq. 7, survey Eq. 30).
+    """Unroll a student, compare it with an expert, differentiate (HaBa Eq. 7, survey Eq. 30).
 
     start, target: expert parameters (P,) at epochs t and t + M. batch(n) -> images, labels of step
-    n. kept: steps that keep their graph; the others rebuild it on the way back, so that memory is
-    bounded. Default: as many as hold 550 images of 32x32 (on a GPU 5,000), less two.
-    -> loss, gradient of step_size (0-d). Adds to the gradients of the leaves behind the images.
+    n. Only the last `kept` steps keep their graphs; the others are recomputed going back, which
+    bounds memory. Default: as many steps as hold 550 images of 32x32 (GPU: 5,000), minus two.
+    -> loss, gradient of step_size (0-d). Accumulates gradients in the leaves that batch(n) uses.
     """
     lr = step_size.detach()
     student = start
     tape = []
     if kept is None:
         pixels = 32 * 32 * (5000 if start.is_cuda else 550)
-        kept = pixels // batch(0)[0][:, 0].numel() - 2
+        kept = pixels // batch(0)[0][:, 0].numel() - 2  # [:, 0]: pixels without channels
     for n in range(steps):
         keep = n >= steps - kept
         with torch.set_grad_enabled(keep):
@@ -632,7 +640,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
         if gradient is None:
             gradient = student_gradient(net, params, *batch(n), create_graph=True)
         step_size_grad -= gradient.detach() @ adjoint
-        (-lr * (gradient @ adjoint)).backward()
+        (-lr * (gradient @ adjoint)).backward()  # accumulates in batch's leaves and params.grad
         adjoint = adjoint + params.grad
     return loss, step_size_grad
 
@@ -644,14 +652,14 @@ def krr(support, labels, ridge=1e-6):
     """Kernel ridge regression (survey Eq. 14): w = f^T (f f^T + ridge trace(f f^T) / n I)^-1 y.
 
     support f (n, d), labels y (n, C) -> w (d, C); features (m, d) @ w are the predictions. In
-    float64, as the ridge is below float32's rounding; NaN where f f^T is not positive definite.
+    float64, as float32 rounds the ridge away; all NaN if the Cholesky factorization fails.
     """
-    wide = support.double()
-    kernel = wide @ wide.T
+    f = support.double()
+    kernel = f @ f.T
     eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     factor, failed = torch.linalg.cholesky_ex(kernel + ridge * kernel.diagonal().mean() * eye)
     factor = torch.where(failed > 0, torch.nan, factor)
-    weights = wide.T @ torch.cholesky_solve(labels.double(), factor)
+    weights = f.T @ torch.cholesky_solve(labels.double(), factor)
     return weights.to(support.dtype)
 
 
@@ -666,13 +674,13 @@ def center_labels(labels, classes, scale=1.0):
 
 
 def margin_loss(labels):
-    """FRePo's hinge on soft labels (n, C): minus the margin of the two largest, at most 1 / C."""
+    """FRePo's hinge on soft labels (n, C): -min(largest - second largest, 1 / C), averaged."""
     first, second = labels.topk(2).values.T
     return -(first - second).clamp(max=1 / labels.shape[1]).mean()
 
 
-def cosine(step, steps):
-    """Factor of FRePo's learning rate: from 1 to 0.1."""
+def cosine_decay(step, steps):
+    """Factor of FRePo's learning rate: half a cosine from 1 to 0.1."""
     return 0.55 + 0.45 * math.cos(math.pi * step / steps)
 
 
@@ -725,16 +733,16 @@ def train_epoch(net, optimizer, data, images, labels, protocol, *key):
     seed(*key)
     order = torch.randperm(len(labels), device=data.device)
     variants = torch.randint(len(images), order.shape, device=data.device)
-    loss = half_square if protocol.regression else F.cross_entropy
+    criterion = half_square if protocol.regression else F.cross_entropy
     batches = zip(order.split(protocol.batch), variants.split(protocol.batch), strict=True)
     for step, (i, v) in enumerate(batches):
         inputs, targets = protocol.augment(images[v, i], data.flip, *key, step), labels[i]
         if protocol.mix:
             inputs, targets = protocol.mix(inputs, targets, *key, step)
         with autocast(data.device):
-            value = loss(net(inputs).float(), targets)
+            loss = criterion(net(inputs).float(), targets)
         optimizer.zero_grad()
-        value.backward()
+        loss.backward()
         optimizer.step()
 
 
@@ -775,17 +783,17 @@ def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
 def score(data, distilled, images, labels, protocol, args):
     """Score a distilled set and random real images of the same storage -> row of results.jsonl.
 
-    The random images get the field's protocol, or FRePo's where that is the method's.
+    The random real images are scored by FRePo's protocol if the method is, otherwise by DM's.
     """
     baseline = protocol if protocol.regression else Protocol(protocol.network)
-    storage = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
-    storage = min(storage, data.smallest_class)
+    real_per_class = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
+    real_per_class = min(real_per_class, data.smallest_class)
     began = time.time()
     ours = []
     random = []
     for k in range(args.runs):
         ours.append(train_and_test(data, images, labels, protocol, args, distilled["step_size"], k))
-        real, real_labels = data.sample(storage, args.seed, "random real", k)
+        real, real_labels = data.sample(real_per_class, args.seed, "random real", k)
         random.append(train_and_test(data, real[None], real_labels, baseline, args, None, k))
 
     names = ("method", "dataset", "per_class", "iterations", "seconds", "settings")
@@ -797,14 +805,16 @@ def score(data, distilled, images, labels, protocol, args):
         "best": max([value for _, value in distilled["evaluations"]], default=None),
         "random": round(np.mean(random), 2),
         "random_std": round(np.std(random), 2),
-        "random_per_class": storage,
+        "random_per_class": real_per_class,
         "runs": args.runs,
         "epochs": args.epochs or protocol.epochs,
         "seed": args.seed,
         "scoring_seconds": round(time.time() - began),
     }
-    what = f"{row['method']} on {data.name}, {row['per_class']} a class"
-    real = f"random real images, {storage} a class: {row['random']} +- {row['random_std']} %"
+    what = f"{row['method']} on {data.name}, {row['per_class']} per class"
+    real = (
+        f"random real images, {real_per_class} per class: {row['random']} +- {row['random_std']} %"
+    )
     print(f"{what}: {row['accuracy']} +- {row['std']} % ({real})")
     append_row(row, data.device, args.out)
     return row
@@ -827,15 +837,15 @@ def append_row(row, device, folder):
 
 
 def save(content, path):
-    """Write bytes, or anything else by torch.save, beside `path`, then rename."""
+    """Write `path` atomically: bytes as they are, anything else by torch.save."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     if isinstance(content, bytes):
-        beside.write_bytes(content)
+        temporary.write_bytes(content)
     else:
-        torch.save(content, beside)
-    os.replace(beside, path)
+        torch.save(content, temporary)
+    os.replace(temporary, path)
 
 
 def load(path, what):
@@ -868,7 +878,7 @@ def output_path(args, kind=""):
 def save_distilled(path, data, args, tensors, run, step_size=None):
     """Write `tensors` and what is needed to use them -> the content, a dict.
 
-    step_size: the learning rate to train with; None: the protocol's.
+    stored_per_class: numbers per class, without labels. step_size: rate to train with, or None.
     """
     stored = sum(t.numel() for name, t in tensors.items() if name != "labels")
     distilled = {
@@ -932,9 +942,9 @@ class Progress:
 class Run:
     """A distillation that can be stopped and continued.
 
-    state: {name: tensor, module or optimizer}, restored in place if there is a checkpoint. Its
-    settings and `inputs` (a tensor, e.g. the experts) must be equal; `iterations` may be larger.
-    evaluate() -> accuracy, every args.eval_every iterations. Raises UserError.
+    If the checkpoint exists, it restores state ({name: tensor, module or optimizer}) in place; its
+    settings and the hash of `inputs` (a tensor, e.g. the experts) must match, but `iterations` may
+    be larger. evaluate() -> accuracy in %, every args.eval_every iterations. Raises UserError.
     """
 
     def __init__(self, path, data, args, state, evaluate=None, inputs=None):

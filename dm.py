@@ -27,9 +27,9 @@ from common import arg
 
 @dataclass
 class Args(common.Args):
-    ipc: int = arg(1, "synthetic images a class")
+    ipc: int = arg(1, "synthetic images per class")
     iterations: int = arg(20000, "iterations of the distillation")
-    batch_real: int = arg(256, "real images a class in an iteration, |B_c|")
+    batch_real: int = arg(256, "real images per class and iteration, |B_c|")
     lr: float = arg(1.0, "learning rate of the pixels (SGD, momentum 0.5)")
 
 
@@ -43,7 +43,7 @@ PRESETS = {
 
 
 def distill(data, args, path):
-    """Distill `data` into args.ipc images a class -> content of the distilled file `path`."""
+    """Distill `data` into args.ipc images per class -> content of the distilled file `path`."""
     classes = len(data.classes)
     net = common.ConvNet(data.shape, classes).to(data.device).requires_grad_(False)
     # synthetic images start as real ones
@@ -53,14 +53,14 @@ def distill(data, args, path):
     batch_real = min(args.batch_real, data.smallest_class)
 
     state = {"images": images, "optimizer": optimizer}
-    distilled_set = (images.detach()[None], labels, protocol())
+    distilled_set = (images.detach()[None], labels, protocol())  # a view: it follows images
     evaluate = partial(common.train_and_test, data, *distilled_set, args)
     run = common.Run(path, data, args, state, evaluate)
     for it in range(run.start, args.iterations):
         key = (args.seed, it)
         net.reset(*key)
         real, _ = data.sample(batch_real, *key, "real")
-        target = class_means(common.features(net, augment(real, data, *key)), classes)
+        target = class_means(common.frozen_features(net, augment(real, data, *key)), classes)
         features = net.features(augment(images, data, *key))
         loss = (class_means(features, classes) - target).square().sum()
         optimizer.zero_grad()
@@ -78,7 +78,7 @@ def class_means(features, classes):
 
 
 def augment(images, data, *key):
-    """Siamese DSA with one draw a class, for images (C n, c, h, w), class after class."""
+    """Siamese DSA with one draw per class, for images (C n, c, h, w), class after class."""
     parts = images.chunk(len(data.classes))
     parts = [common.dsa(x, data.flip, *key, c, shared=True) for c, x in enumerate(parts)]
     return torch.cat(parts)

@@ -2,15 +2,10 @@
 
     python evaluate.py out/dm_cifar10_ipc10.pt --network convnet resnet18 vgg11 --epochs 300 1000
     python evaluate.py --coreset random herding k-center forgetting whole --dataset cifar10 --ipc 10
-    python evaluate.py out/dm_cifar10_ipc10.pt --corruption
     python evaluate.py --continual dm --dataset cifar100 --ipc 20 --iterations 1000
-    python evaluate.py out/dm_cifar10_ipc10.pt --export images
-    python evaluate.py --table
 
 Scores are lines of OUT/results.jsonl, each with that of random real images of the same storage. The
-training protocol is the method's, with the network of --network. To use a file in other code:
-
-    images, labels, info = evaluate.training_set("out/dm_cifar10_ipc10.pt")
+training protocol is the method's, with the network of --network. For other code: training_set().
 """
 
 import argparse
@@ -38,7 +33,7 @@ import common
 METHODS = ("mtt", "dm", "haba", "kfs", "frepo", "translator_fewshot")
 NETWORKS = "convnet alexnet vgg11 resnet10 resnet18 densenet121"
 CORESETS = ("random", "herding", "k-center", "forgetting", "whole")
-FEATURE_EPOCHS, WHOLE_EPOCHS = 20, 30  # of the network that selects core-sets; on the whole set
+FEATURE_EPOCHS, WHOLE_EPOCHS = 20, 30  # of the ConvNet that selects core-sets; of --coreset whole
 
 
 # ------------------------------------------------------------ distilled files
@@ -134,7 +129,7 @@ def build_stack(name, channels, classes):
 
 
 def adapt_to_small_images(net, channels):
-    """Put a 3x3 stem in place of 7x7, instance norm in place of batch norm, no max pool -> net."""
+    """Replace the 7x7 stem by 3x3, batch norm by instance norm, and drop max pooling -> net."""
     for name, layer in net.named_children():
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (7, 7):
             layer = nn.Conv2d(channels, layer.out_channels, 3, padding=1, bias=False)
@@ -154,10 +149,10 @@ def adapt_to_small_images(net, channels):
 def open_coreset(kind, args):
     """Select a core-set of --dataset -> the arguments of common.score but the last."""
     data = load_data(args.dataset, "standardize", args.size, args.data_dir, args.device)
-    images, labels = data.sample(args.ipc, args.seed, "core-set")  # class after class
-    if kind == "whole":
-        images, labels = data.train, data.train_labels
-    elif kind != "random":
+    images, labels = data.train, data.train_labels
+    if kind != "whole":
+        images, labels = data.sample(args.ipc, args.seed, "core-set")  # class after class
+    if kind not in ("whole", "random"):
         images = data.train[select(kind, data, args)]
     count = len(data.classes)
     described = dict(method=kind, dataset=data.name, per_class=round(len(labels) / count))
@@ -209,7 +204,7 @@ def learn_features(data, args):
     correct = torch.zeros_like(forgotten).bool()
     for epoch in range(FEATURE_EPOCHS):
         common.train_epoch(net, sgd, data, *real, args.seed, epoch)
-        features = common.features(net, data.train)
+        features = common.frozen_features(net, data.train)
         with torch.no_grad(), common.autocast(data.device):
             wrong = net.classifier(features).argmax(1) != data.train_labels
         forgotten += correct & wrong
@@ -284,7 +279,7 @@ def continual(args, flags):
     """Class-incremental learning: a row with the accuracy on the classes seen after each step.
 
     A step distills its new classes only; a fresh network trains on all sets so far. Class orders
-    are numpy's, seeds 0, 1, ... `flags` go to the method. A second run continues.
+    are numpy's, seeds 0, 1, ... `flags` are the method's. Repeating the command resumes.
     """
     method = importlib.import_module(args.continual)
     budget = "bpc" if hasattr(method.Args, "bpc") else "ipc"
@@ -294,8 +289,8 @@ def continual(args, flags):
     options = common.parse_args(method.Args, method.PRESETS, flags)
     data = common.load_dataset(options)
     count = len(data.classes)
-    if count < 2 * args.steps:
-        raise common.UserError(f"{data.name} has {count} classes: --steps {count // 2} at most")
+    if count < 2 * args.steps or options.iterations == 0:
+        raise common.UserError(f"{data.name}: --steps {count // 2} at most, --iterations 1 or more")
     name = f"continual_{args.continual}_{data.name}_{args.ipc}_{args.steps}steps"
     options = replace(options, out=str(pathlib.Path(args.out) / name))
     found = np.zeros((2, args.orders, args.steps))
@@ -358,16 +353,18 @@ MODES |= {"no-adaptation": "-wo-ada", "bilevel": "-bilevel", "baseline": "-basel
 
 
 def print_table(args):
-    """Print the scores of OUT/results.jsonl as Markdown; of equal jobs the last one counts."""
+    """Print the scores of OUT/results.jsonl as Markdown; of equal settings the last one counts."""
     path = pathlib.Path(args.out) / "results.jsonl"
     targets = pathlib.Path(__file__).parent / "results" / "targets.csv"
     targets = list(csv.DictReader(targets.open())) if targets.exists() else []
-    names = ("method", "dataset", "per_class", "network", "iterations", "epochs", "runs", "seed")
+    names = ("dataset", "per_class", "network", "iterations", "epochs", "runs", "seed")
     lines = {}
     try:
         for row in map(json.loads, path.read_text().splitlines()):
             if "kind" not in row:
-                key = tuple(row[name] for name in names)
+                kinds = [row["settings"].get(name) for name in ("mode", "objective", "scoring")]
+                key = [" ".join([row["method"], *filter(None, kinds)]), *map(row.get, names)]
+                key = (*key, json.dumps(row["settings"], sort_keys=True))
                 ours = f"{row['accuracy']} +- {row['std']}"
                 real = f"{row['random']} +- {row['random_std']} ({row['random_per_class']})"
                 lines[key] = [*key[:6], ours, row["best"] or "", real, paper_number(row, targets)]
@@ -410,8 +407,8 @@ def export(path, folder, args):
             png = io.BytesIO()
             to_pil_image(image).save(png, "png")
             common.save(png.getvalue(), folder / name.replace("/", "-") / f"{i:03d}.png")
-    shown = torch.cat([index[:10] for index in by_class])
-    common.save_grid(folder / "grid.png", data, images[shown], columns=10)
+    shown = images[torch.cat([index[:10] for index in by_class])]
+    common.save_grid(folder / "grid.png", data, shown, columns=10)
     print(f"wrote {len(images)} images and grid.png to {folder}")
 
 
@@ -442,7 +439,7 @@ def main(argv=None):
     add("--epochs", nargs="+", type=int, default=[0], metavar="N", help="0: the protocol's")
     add("--runs", type=int, default=5, help="networks trained for a score (5)")
     add("--coreset", nargs="+", default=[], choices=CORESETS, metavar="X", help=" ".join(CORESETS))
-    add("--ipc", type=int, default=10, help="images a class for --coreset and --continual (10)")
+    add("--ipc", type=int, default=10, help="images per class for --coreset, --continual (10)")
     add("--dataset", default="", help="data set (that of the file, else glyphs)")
     add("--data-dir", default="data", help="folder of data sets and caches (data)")
     add("--size", type=int, default=0, help="resize a folder's images (as in the file)")
@@ -460,9 +457,12 @@ def main(argv=None):
     if not args.continual and any(word.startswith("-") for word in words):
         raise common.UserError(f"unknown argument in {' '.join(words)}: see --help")
     if min(args.ipc, args.runs, args.steps, args.orders) < 1 or min(args.epochs) < 0:
-        raise common.UserError("--ipc, --runs, --epochs, --steps and --orders: use 1 or more")
+        raise common.UserError("use 1 or more for --ipc, --runs, --steps, --orders, 0 for --epochs")
     if not (words or args.coreset or args.continual or args.table):
         raise common.UserError("nothing to do: give files, --coreset, --continual or --table")
+    others = args.export or args.corruption or args.coreset or any(args.network) or args.epochs[1:]
+    if (args.continual and others) or (args.export and len(words) != 1):
+        raise common.UserError("--export takes one file, --continual only flags of its method")
     pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.continual:
         continual(args, words)

@@ -6,9 +6,9 @@ batch X_t with labels y_t,
 
     L = 1/2 || y_t - K_ts (K_ss + lambda I)^-1 y_s ||^2,  K_ab = f(X_a) f(X_b)^T    (survey Eq. 17)
 
-The features come from a pool of networks that train on the synthetic set as it is now. Each
-iteration draws one, updates X_s and y_s, and gives the network a step of its own (Eq. 18); after
-100 steps it is replaced by a random one. So the pool covers all stages of training. The distilled
+The features come from a pool of networks that train on the current synthetic set. Each iteration
+draws one of them, updates X_s and y_s, then trains it for one step (Eq. 18); after 100 steps it is
+replaced by a newly initialized one. So the pool covers all stages of training. The distilled
 images and soft labels train a fresh network of this kind by squared error.
 
     python frepo.py                                # glyphs, drawn here: minutes on a CPU
@@ -36,7 +36,7 @@ from common import arg
 
 @dataclass
 class Args(common.Args):
-    ipc: int = arg(1, "synthetic images a class")
+    ipc: int = arg(1, "synthetic images per class")
     iterations: int = arg(500000, "iterations of the distillation")
     zca: bool = arg(True, "whiten the images")
     lr: float = arg(3e-4, "learning rate of images and labels (LAMB), a cosine to a tenth")
@@ -68,8 +68,7 @@ PRESETS = {
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020) without weight decay: Adam's update, rescaled to lr times the norm of
-    the tensor."""
+    """LAMB (You et al. 2020), no weight decay: Adam's update, scaled to norm lr * ||tensor||."""
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
@@ -92,7 +91,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 def distill(data, args, path):
-    """Distill `data` into args.ipc images and soft labels a class -> content of the file `path`."""
+    """Distill `data` into args.ipc images and soft labels per class -> content of file `path`."""
     classes = len(data.classes)
     # synthetic images start as real ones
     images, numbers = data.sample(args.ipc, args.seed, "start")
@@ -112,6 +111,7 @@ def distill(data, args, path):
 
     state = {"images": images, "labels": labels, "optimizer": optimizer}
     state |= {"pool": pool, "pool_optimizer": pool_optimizer, "ages": ages}
+    # views: they follow the in-place updates
     distilled_set = (images.detach()[None], labels.detach(), protocol(None, len(images)))
     evaluate = partial(common.train_and_test, data, *distilled_set, args)
     run = common.Run(path, data, args, state, evaluate)
@@ -122,14 +122,14 @@ def distill(data, args, path):
 
         # Eq. 17: ridge regression from the synthetic features to the real ones
         real, real_labels = data.batch(args.batch_real, *key, "real")
-        target = common.features(net, real)
+        target = common.frozen_features(net, real)
         support, support_labels = images, labels
         if args.mirror and data.flip:
             support, support_labels = torch.cat([images, images.flip(3)]), labels.repeat(2, 1)
         truth = common.center_labels(real_labels, classes)
         predicted = target @ common.krr(net.features(support), support_labels, args.ridge)
         loss = common.half_square(predicted, truth)
-        optimizer.param_groups[0]["lr"] = args.lr * common.cosine(it, args.iterations)
+        optimizer.param_groups[0]["lr"] = args.lr * common.cosine_decay(it, args.iterations)
         optimizer.zero_grad()
         (loss + args.weight_margin * common.margin_loss(labels)).backward()
         optimizer.step()

@@ -1,6 +1,6 @@
 """HaBa: dataset distillation via factorization (Liu et al., NeurIPS 2022).
 
-In place of images, HaBa stores bases (bpc a class) and a few hallucinators, small networks that
+In place of images, HaBa stores bases (bpc per class) and a few hallucinators, small networks that
 all classes share: |B| bases and |H| hallucinators give |B| x |H| training images. An adversary F
 learns features in which the images of a class are similar; bases and hallucinators learn to make
 the features of a basis differ from hallucinator to hallucinator:
@@ -33,7 +33,7 @@ from common import arg
 
 @dataclass
 class Args(common.Args):
-    bpc: int = arg(1, "bases a class, |B| / C")
+    bpc: int = arg(1, "bases per class, |B| / C")
     objective: Literal["mtt", "dm", "dc"] = arg("mtt", "L_DD: MTT's, DM's or DC's (Tab. 2)")
     iterations: int = arg(15000, "iterations of the distillation; 0: train the experts only")
     hallucinators: int = arg(5, "|H|: hallucinators; 0: bases are images, enlarged")
@@ -45,23 +45,23 @@ class Args(common.Args):
     basis_size: int = arg(0, "h', w': side of a basis; 0: as the image")
     lr_bases: float = arg(100.0, "eta_B: learning rate of the bases")
     lr_hallucinators: float = arg(100.0, "eta_H: learning rate of the hallucinators")
-    weight_cos: float = arg(0.1, "lambda_cos (Eq. 6); dm, dc: its gradient's norm over L_DD's")
+    weight_cos: float = arg(0.1, "lambda_cos (Eq. 6); dm, dc: times |grad L_DD| / |grad L_cos|")
     weight_con: float = arg(0.1, "lambda_con: weight of L_con (Eq. 4)")
     weight_task: float = arg(1.0, "lambda_task: weight of the cross-entropy of F (Eq. 4)")
     dsa: bool = arg(True, "augment hallucinated images by DSA (Tab. 6)")
-    batch: int = arg(0, "bases a student step, and in Eq. 4, 5; 0: all")
+    batch: int = arg(0, "bases per student step, and in Eq. 4, 5; 0: all")
     experts: int = arg(100, "mtt: expert trajectories; missing ones are trained")
-    student_steps: int = arg(30, "mtt: N, student steps an iteration")
+    student_steps: int = arg(30, "mtt: N, student steps per iteration")
     expert_epochs: int = arg(2, "mtt: M, expert epochs to match")
     max_start: int = arg(20, "mtt: a student starts at expert epoch t in 0 .. max_start - 1")
     step_size: float = arg(0.01, "mtt: first value of alpha, the learning rate of the student")
     lr_step: float = arg(1e-5, "mtt: learning rate of alpha (SGD, momentum 0.9)")
-    batch_real: int = arg(256, "dm, dc: real images a class in an iteration")
+    batch_real: int = arg(256, "dm, dc: real images per class and iteration")
     matches: int = arg(10, "dc: iterations with one network")
     net_epochs: int = arg(50, "dc: epochs that the network trains between two iterations")
 
-    def augment(self, images, *key, **options):
-        return common.dsa(images, *key, **options) if self.dsa else images
+    def augment(self, images, flip, *key, **options):
+        return common.dsa(images, flip, *key, **options) if self.dsa else images
 
 
 SHORT = dict(iterations=130, hallucinators=4, experts=2, student_steps=20, max_start=5)
@@ -94,9 +94,9 @@ for bpc in (1, 10, 50):
 class Hallucinator(nn.Module):
     """Encoder, scale and shift, decoder (Eq. 2): bases (b, c', h, w) -> images (b, c, h, w).
 
-    Between blocks the width doubles and the side halves; depths 0 to 3 have 6,144, 6,312, 10,963
-    and 16,131 parameters (supplement Tab. 3). The last block has no ReLU, as images are signed.
-    The authors' code has neither ReLU nor padding.
+    At 3x32x32, depths 0 to 3 have 6,144, 6,312, 10,963 and 16,131 parameters (supplement Tab. 3);
+    between blocks, channels double and the side halves. The last block has no ReLU, as network
+    inputs are signed. The authors' code has neither ReLU nor padding.
     """
 
     def __init__(self, shape, args):
@@ -110,8 +110,8 @@ class Hallucinator(nn.Module):
         decoder = []
         for i, o in pairwise([*widths[::-1], shape[0]]):
             decoder += [nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(i, o, 3, padding=1)]
-        self.encoder = nn.Sequential(*encoder[1:])
-        self.decoder = nn.Sequential(*decoder[2:])
+        self.encoder = nn.Sequential(*encoder[1:])  # no pooling before the first convolution
+        self.decoder = nn.Sequential(*decoder[2:])  # no ReLU and upsampling before it
         features = self.encoder(torch.zeros(1, basis_channels, *shape[1:]))[0]
         self.scale = nn.Parameter(torch.ones_like(features))  # sigma
         self.shift = nn.Parameter(torch.zeros_like(features))  # mu
@@ -125,10 +125,11 @@ class FactorizedSet(nn.Module):
 
     def __init__(self, bases, shape, classes, args):
         super().__init__()
-        if args.depth == 0 and (args.channels or args.basis_channels):
-            raise common.UserError("--depth 0 has no convolutions: leave out the channels")
+        widths = args.channels or args.basis_channels not in (0, 1, shape[0])
+        if widths and not (args.depth and args.hallucinators):
+            raise common.UserError("--depth 0, --hallucinators 0: no --channels, --basis-channels")
         if shape[1] % 2 ** max(args.depth - 1, 0):
-            raise common.UserError(f"--depth {args.depth} is too large for {shape[1]} pixels")
+            raise common.UserError(f"--depth {args.depth} cannot halve {shape[1]} pixels evenly")
         self.shape = shape
         self.bases = nn.Parameter(bases)
         labels = torch.arange(classes).repeat_interleave(len(bases) // classes)
@@ -155,7 +156,7 @@ class FactorizedSet(nn.Module):
         images = torch.cat([module(part) for module, part in parts])
         return images[index].expand(-1, self.shape[0], -1, -1)
 
-    def everything(self):
+    def all_images(self):
         """All images (|H|, n, c, h, w)."""
         return torch.stack([self(slice(None), j) for j in range(len(self.hallucinators))])
 
@@ -163,7 +164,7 @@ class FactorizedSet(nn.Module):
 def contrastive_loss(features, labels, temperature=0.07):
     """L_con (Eq. 3) in the supervised form of the experiments: features (n, d), labels (n,).
 
-    Positives are all others of the class, not of the basis. Normalized as in the authors' code.
+    Positives: all other images of the class (Eq. 3: of the basis). Normalized as in their code.
     """
     x = F.normalize(features)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
@@ -198,16 +199,15 @@ def distill(data, args, path):
     alpha = step_size if mtt else None
 
     def evaluate():
-        images = factors.everything().detach()
         rest = (factors.labels, protocol(vars(args)), args, alpha)
-        return common.train_and_test(data, images, *rest)
+        return common.train_and_test(data, factors.all_images().detach(), *rest)
 
     state = {"factors": factors, "adversary": adversary, "net": net, "step_size": step_size}
     state |= {"optimizer": optimizer, "adversary_optimizer": adversary_optimizer}
     run = common.Run(path, data, args, state, evaluate, experts)
     use_adversary = args.hallucinators > 1 and args.weight_cos > 0
     for it in range(run.start, args.iterations):
-        # What is not drawn has a gradient of 0 and moves by its momentum (Alg. 1: not at all)
+        # Zeros, not None: factors that are not drawn still move by momentum (Alg. 1: not at all)
         for p in factors.parameters():
             p.grad = torch.zeros_like(p)
 
@@ -221,20 +221,20 @@ def distill(data, args, path):
         else:
             loss = match_classes(net, factors, data, args, it)
 
-        # L_cos (Eq. 5) of two hallucinators: j != k counts twice, over |H|^2 = 4
+        # L_cos (Eq. 5) of two hallucinators: j != k is two of the |H|^2 = 4 terms, hence / 2
         if use_adversary:
             images, _ = hallucinate_pair(factors, data, args, it)
             features = adversary.features(images)
             cosine = F.cosine_similarity(*features.chunk(2)).mean() / 2
             weight = args.weight_cos
-            if not mtt:  # DM's gradient is 1e5 times that of L_cos
+            if not mtt:  # relative, as DM's gradient is 1e5 times that of L_cos
                 (gradient,) = torch.autograd.grad(cosine, factors.bases, retain_graph=True)
                 weight = weight * factors.bases.grad.norm() / gradient.norm()
             (weight * cosine).backward(inputs=list(factors.parameters()))
 
         # Alg. 1, lines 11, 12
         optimizer.step()
-        step_size.clamp_(min=0.001)
+        step_size.clamp_(min=0.001)  # as in the authors' code
 
         # L_F (Eq. 4; lines 13, 14): the same pair, hallucinated anew (authors' code: a new pair)
         if use_adversary:
@@ -251,7 +251,7 @@ def distill(data, args, path):
 
 
 def student_batch(factors, data, args, it, n):
-    """Images and labels of student step n: a hallucinator a step (the paper: two an iteration)."""
+    """Images, labels of student step n: one hallucinator per step (paper: two per iteration)."""
     key = (args.seed, it, "batch")
     index = common.student_indices(len(factors.bases), args.batch, n, *key, device=data.device)
     j = common.hash_int(*key, n, "hallucinator") % len(factors.hallucinators)
@@ -273,7 +273,7 @@ def match_classes(net, factors, data, args, it):
 
     Siamese DSA. All hallucinators take part: two would bias the mean features (KFS Eq. 2).
     """
-    images = factors.everything()
+    images = factors.all_images()
     leaf = images.detach().requires_grad_()  # collects the gradient of all classes
     if args.objective == "dm" or it % args.matches == 0:
         net.reset(args.seed, it)
@@ -288,9 +288,9 @@ def match_classes(net, factors, data, args, it):
     distance = feature_distance if args.objective == "dm" else gradient_distance
     total = 0
     for c in range(classes):
-        key = (data.flip, args.seed, it, c)
-        theirs = args.augment(real.chunk(classes)[c], *key, shared=True)
-        ours = args.augment(leaf.chunk(classes, 1)[c].flatten(0, 1), *key, shared=True)
+        key = (args.seed, it, c)
+        theirs = args.augment(real.chunk(classes)[c], data.flip, *key, shared=True)
+        ours = args.augment(leaf.chunk(classes, 1)[c].flatten(0, 1), data.flip, *key, shared=True)
         loss = distance(net, theirs, ours, c)
         loss.backward(inputs=[leaf])
         total = total + loss.detach()
@@ -300,13 +300,13 @@ def match_classes(net, factors, data, args, it):
 
 def feature_distance(net, real, ours, c):
     """DM (survey Eq. 31): the squared distance of the mean features."""
-    return (net.features(ours).mean(0) - common.features(net, real).mean(0)).square().sum()
+    return (net.features(ours).mean(0) - common.frozen_features(net, real).mean(0)).square().sum()
 
 
 def gradient_distance(net, real, ours, c):
     """DC (survey Eq. 22, 23): 1 - cosine of the gradients of each output unit, summed.
 
-    As in the authors' code, biases and norms do not count, and 1e-6 is added to the lengths.
+    As in the authors' code: without biases and norm layers, 1e-6 added to the product of lengths.
     """
     weights = [p for p in net.parameters() if p.ndim > 1]
     gradients = []
@@ -327,7 +327,7 @@ def decode(distilled, device="cpu"):
     factors = FactorizedSet(distilled["bases"], distilled["shape"], classes, args).to(device)
     for name, parameter in factors.named_parameters():
         parameter.copy_(distilled[name])
-    return factors.everything(), factors.labels
+    return factors.all_images(), factors.labels
 
 
 def protocol(settings, count=None):
@@ -336,7 +336,7 @@ def protocol(settings, count=None):
 
 
 def save_picture(path, data, distilled, images):
-    """One row a class: its first basis, then its hallucinations (Fig. 4); columns normalized."""
+    """Each row: a class's first basis, then its hallucinations (Fig. 4); columns standardized."""
     bases = F.interpolate(distilled["bases"].to(data.device), data.shape[1:])
     if bases.shape[1] != data.shape[0]:
         bases = bases.mean(1, keepdim=True).expand_as(images[0])
@@ -347,7 +347,7 @@ def save_picture(path, data, distilled, images):
 
 def main():
     args = common.parse_args(Args, PRESETS)
-    path = common.output_path(args, f"_{args.objective}".removesuffix("_mtt"))
+    path = common.output_path(args, "" if args.objective == "mtt" else f"_{args.objective}")
     data = common.load_dataset(args)
     distilled = distill(data, args, path)
     if distilled:

@@ -1,7 +1,7 @@
 """KFS: condensation with latent space knowledge factorization and sharing (Lee et al. 2022).
 
-In place of images, KFS stores M small latent codes theta_cm a class and D tiny decoders phi_d that
-all classes share. Each code goes through each decoder: M x D training images a class for the
+In place of images, KFS stores M small latent codes theta_cm per class and D tiny decoders phi_d,
+shared by all classes. Each code goes through each decoder: M x D training images per class for the
 storage of a few. Both are learned by matching distributions over the full real and synthetic sets:
 with g(x) the features of a ConvNet with random parameters, new ones in each iteration,
 
@@ -33,19 +33,19 @@ from common import arg
 
 @dataclass
 class Args(common.Args):
-    ipc: int = arg(1, "storage of the codes, in images a class; the decoders come on top")
+    ipc: int = arg(1, "storage of the codes, in images per class; the decoders come on top")
     iterations: int = arg(20000, "iterations of the distillation")
     lr_codes: float = arg(0.1, "learning rate of the codes (Adam)")
     lr_decoders: float = arg(0.01, "learning rate of the decoders (Adam)")
     drops: tuple = arg((), "iterations after which both rates are multiplied by 0.2")
-    high_res: bool = arg(False, "High-R: codes of 1/4 of the side and 2 layers, not 1/8 and 3")
-    codes: int = arg(0, "M: codes a class; 0: as many as fit into the storage")
+    high_res: bool = arg(False, "High-R: codes of 1/4 side, 2-layer decoders (else 1/8, 3 layers)")
+    codes: int = arg(0, "M: codes per class; 0: as many as fit into the storage")
     decoders: int = arg(8, "D: decoders")
-    pretrain: int = arg(2000, "steps of the auto-encoder that the first decoder comes from")
-    real_means: int = arg(0, "K: stored networks, used in turn (paper: one a step); 0: always new")
+    pretrain: int = arg(2000, "auto-encoder steps; it initializes codes and decoders")
+    real_means: int = arg(0, "K: stored networks, used in turn; 0: a new one in each iteration")
     sample_decoders: int = arg(0, "decoders in an iteration (biased gradient, Eq. 2); 0: all")
-    batch_real: int = arg(0, "real images a class in an iteration (noisy gradient, Eq. 3); 0: all")
-    backprop: int = arg(0, "codes a class to backpropagate through (Sec. 3.2); 0: all")
+    batch_real: int = arg(0, "real images per class and iteration (noisy gradient, Eq. 3); 0: all")
+    backprop: int = arg(0, "codes per class to backpropagate through (Sec. 3.2); 0: all")
     fixed_decoders: str = arg("", "file whose decoders are kept, for class-incremental learning")
     scoring: Literal["idc", "dsa"] = arg("idc", "augmentation: IDC's with CutMix, or DSA")
 
@@ -67,7 +67,7 @@ class Decoders(nn.Module):
 
     def __init__(self, count, args, shape, mean, std):
         super().__init__()
-        widths = layout(args, shape)[2]
+        _, _, widths = layout(args, shape)
         self.count, self.shape = count, tuple(shape)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -145,7 +145,7 @@ def start_factors(data, args, fixed=None):
 def distill(data, args, path):
     """Condense `data` into codes and decoders -> content of the distilled file `path`."""
     if args.zca:
-        raise common.UserError("the decoders give pixels, which --zca does not fit: leave it out")
+        raise common.UserError("decoders give pixels in [0, 1], not whitened ones: leave out --zca")
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
     real_means = load_real_means(net, data, args) if args.real_means else None
     fixed = load_decoders(args, data) if args.fixed_decoders else None
@@ -189,22 +189,22 @@ def distill(data, args, path):
 def match_distribution(net, target, codes, decoders, args, *key):
     """Compute Eq. 1 for real means (C, d) -> loss; add its gradient to codes and decoders.
 
-    A first pass without a graph gives the means and with them the gradient at each feature,
-    (mean - target) / (C M D); a second one takes it back to the images, 512 at a time.
+    A first pass without a graph gives the means, hence the gradient at each feature vector,
+    (mean - target) / (C M D); a second pass, 512 images at a time, backpropagates it to the images.
     """
     classes, m = codes.shape[:2]
-    use = chosen = slice(None)
+    used_decoders = used_codes = slice(None)
     if args.sample_decoders:  # biased: the mean is over a sample (Eq. 2)
         common.seed(*key, "decoders")
-        use = torch.randperm(decoders.count, device=codes.device)[: args.sample_decoders]
+        used_decoders = torch.randperm(decoders.count, device=codes.device)[: args.sample_decoders]
     if args.backprop:  # unbiased: the mean is over all codes, the gradient through a sample
         common.seed(*key, "codes")
-        chosen = torch.randperm(m, device=codes.device)[: args.backprop]
+        used_codes = torch.randperm(m, device=codes.device)[: args.backprop]
 
-    images = decoders(codes.flatten(0, 1))[:, use]
-    features = common.features(net, images.flatten(0, 1))
+    images = decoders(codes.flatten(0, 1))[:, used_decoders]
+    features = common.frozen_features(net, images.flatten(0, 1))
     gap = features.unflatten(0, (classes, -1)).mean(1) - target
-    images = images.unflatten(0, (classes, m))[:, chosen].flatten(0, 2)
+    images = images.unflatten(0, (classes, m))[:, used_codes].flatten(0, 2)
     leaf = images.detach().requires_grad_()
     per_class = len(images) // classes
     adjoint = (gap / (classes * per_class)).repeat_interleave(per_class, 0)
@@ -218,7 +218,7 @@ def match_distribution(net, target, codes, decoders, args, *key):
 def class_means(net, data, images, labels):
     """Mean features of each class over images (n, c, h, w), labels (n,) -> (C, d)."""
     one_hot = F.one_hot(labels, len(data.classes)).float()
-    return one_hot.T @ common.features(net, images) / one_hot.sum(0)[:, None]
+    return one_hot.T @ common.frozen_features(net, images) / one_hot.sum(0)[:, None]
 
 
 def load_real_means(net, data, args):
@@ -255,14 +255,14 @@ def load_decoders(args, data):
     names = ("dataset", "size", "high_res", "decoders")
     if any(settings.get(name) != vars(args)[name] for name in names):
         raise common.UserError(
-            f"{args.fixed_decoders} holds no decoders of kfs.py for these settings"
+            f"{args.fixed_decoders} must be a file of kfs.py with the same {', '.join(names)}"
         )
     return open_factors(distilled, data.device)[1]
 
 
 @torch.no_grad()
 def images_of(codes, decoders):
-    """All M x D images a class -> images (1, n, c, h, w), labels (n,)."""
+    """All M x D images per class -> images (1, n, c, h, w), labels (n,)."""
     images = torch.cat([decoders(x).flatten(0, 1) for x in codes])
     labels = torch.arange(len(codes), device=codes.device)
     return images[None], labels.repeat_interleave(len(images) // len(codes))

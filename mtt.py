@@ -27,16 +27,16 @@ from common import arg
 
 @dataclass
 class Args(common.Args):
-    ipc: int = arg(1, "synthetic images a class")
+    ipc: int = arg(1, "synthetic images per class")
     iterations: int = arg(5000, "iterations of the distillation; 0: train the experts only")
     experts: int = arg(100, "expert trajectories; missing ones are trained")
-    student_steps: int = arg(20, "N: student steps an iteration")
+    student_steps: int = arg(20, "N: student steps per iteration")
     expert_epochs: int = arg(2, "M: expert epochs to match")
     max_start: int = arg(20, "a student starts at expert epoch t in 0 .. max_start - 1")
     step_size: float = arg(0.01, "first value of alpha, the learning rate of the student")
     lr_step: float = arg(1e-5, "learning rate of alpha (SGD, momentum 0.5)")
     lr_images: float = arg(1000.0, "learning rate of the pixels (SGD, momentum 0.5)")
-    batch: int = arg(0, "synthetic images a student step; 0: all")
+    batch: int = arg(0, "synthetic images per student step; 0: all")
 
 
 PRESETS = {  # the authors' settings
@@ -57,7 +57,7 @@ PRESETS["glyphs", 1] |= dict(runs=2, epochs=200)
 
 
 def distill(data, args, path):
-    """Distill `data` into args.ipc images a class -> content of the distilled file `path`.
+    """Distill `data` into args.ipc images per class -> content of the distilled file `path`.
 
     With --iterations 0 only the experts are trained -> None.
     """
@@ -74,7 +74,7 @@ def distill(data, args, path):
 
     state = {"images": images, "step_size": step_size}
     state |= {"optimizer": optimizer, "step_size_optimizer": step_size_optimizer}
-    distilled_set = (images.detach()[None], labels, protocol())
+    distilled_set = (images.detach()[None], labels, protocol())  # a view: it follows images
     evaluate = partial(common.train_and_test, data, *distilled_set, args, step_size)
     run = common.Run(path, data, args, state, evaluate, experts)
     for it in range(run.start, args.iterations):

@@ -7,22 +7,22 @@ regression,
 
     || f(X_T) w* - Y_T ||^2,   w* = f(X_S)^T (f(X_S) f(X_S)^T)^-1 Y_S                      (Eq. 2)
 
-The translator G, a small auto-encoder, learns on subsets of a large data set, distilled in theta
-and cached, to make this small in random networks theta' (Alg. 2); then it adapts to the target set
-in S' steps. The result trains a fresh network like FRePo's. --mode is a column of Table 3.
+The translator G, a small auto-encoder, is trained to make this loss small in random networks theta'
+(Alg. 2), on subsets of a large data set, each distilled in theta and cached. Then it adapts to the
+target set in S' steps. The result trains a fresh network like FRePo's. --mode: columns of Table 3.
 
     python translator_fewshot.py --mode autoencoder                        # glyphs: minutes
     python translator_fewshot.py --mode pretrain --dataset tiny32 --out t  # writes t/translator.pt
     python translator_fewshot.py --dataset cifar10 --translator t/translator.pt    # paper: 44.0 %
 
-No code of the authors is known. As the paper says, what it does not print follows FRePo's PyTorch
+No code of the authors is known. Details that the paper omits follow, as it says, FRePo's PyTorch
 branch: no norm, torch's initialization, ridge 1e-6, mirror images, the hinge on labels, AdamW in
-scoring, Adam with a cosine to 10 % on images and labels. Ours: half the mean over real images as
-the loss (the paper: a sum); G's width of 64, last convolution, lack of down-sampling, Adam at
-constant rates, work at half the side in Ours-DS; a subset's number of synthetic images (uniform)
-and one DSA copy of each real image; loss and batch of the auto-encoder; batches of real images (the
-paper: all; the inner and outer loss of Alg. 1 share one); mirrors for all budgets; number and rate
-of Alg. 1's steps, which are plain and without the hinge.
+scoring, Adam with a cosine to 10 % on images and labels. Our own choices: the loss is half a mean
+over real images (paper: a sum), in batches (paper: all; Alg. 1's inner and outer loss share one);
+G has width 64, a last convolution, no down-sampling, Adam at constant rates, and works at half the
+side in Ours-DS; a subset has a uniformly drawn number of synthetic images and one DSA copy of each
+real image; loss and batch of the auto-encoder; mirror images for all budgets; number and rate of
+Alg. 1's steps, its inner ones being plain gradient descent without the hinge.
 
 Measured: 37.8 +- 0.2 % after 1,000 steps of pre-training on 24 subsets of tiny32 (README: Results).
 """
@@ -40,21 +40,21 @@ from torch import nn
 import common
 from common import arg
 
-ADAPTED = ("adapted", "scratch", "autoencoder")
-TRANSLATED = ADAPTED + ("no-adaptation", "pretrain")
+ADAPTED = ("adapted", "scratch", "autoencoder")  # modes that adapt G to the target set
+TRANSLATED = ADAPTED + ("no-adaptation", "pretrain")  # modes with a translator G
 MODES = TRANSLATED + ("one-net", "bilevel", "baseline")
 
 
 @dataclass
 class Args(common.Args):
-    ipc: int = arg(1, "synthetic images a class")
+    ipc: int = arg(1, "synthetic images per class")
     mode: Literal[MODES] = arg("adapted", "a column of Table 3, or pretrain: write a translator")
     translator: str = arg("", "file of a translator, from --mode pretrain or an adapted one")
     down_sample: bool = arg(False, "store four times as many images at half the side (Ours-DS)")
     zca: bool = arg(True, "whiten the images")
     iterations: int = arg(3000, "T: steps of the distillation in one network")
     lr: float = arg(1e-3, "alpha: learning rate of images and labels (Adam)")
-    adapt_steps: int = arg(1000, "S': steps of the adaptation; Ours-DS: 6 to 15 times as many")
+    adapt_steps: int = arg(1000, "S': adaptation steps (paper: 6,000 to 15,000 for Ours-DS)")
     lr_adapt: float = arg(1e-4, "eta': learning rate of the adaptation; bi-level: of theta (Adam)")
     pretrain_steps: int = arg(200000, "S: steps of the pre-training")
     lr_pretrain: float = arg(1e-5, "eta: learning rate of the pre-training (Adam)")
@@ -120,7 +120,7 @@ def random_network_loss(net, images, labels, data, args, *key):
     """Compute Eq. 2 in a random network theta' (Alg. 1, lines 10 to 12; Alg. 2, 12 to 14)."""
     net.reset(*key)
     real, real_labels = data.batch(args.batch_real, *key, "real")
-    target = common.features(net, real)
+    target = common.frozen_features(net, real)
     target_labels = common.center_labels(real_labels, len(data.classes))
     return common.half_square(target @ fit(net, images, labels, data), target_labels)
 
@@ -138,9 +138,9 @@ def start_synthetic(data, args, *key):
 def quadratic_form(theta, data):
     """Coefficients of Eq. 2, a quadratic in w: f^T f / m (d, d), f^T y / m (d, C), ||y||^2 / m.
 
-    A step with them does not touch the features f (m, d) of all real images.
+    f (m, d): features of all real images. With the coefficients, no step has to read f again.
     """
-    f = common.features(theta, data.train)
+    f = common.frozen_features(theta, data.train)
     y = common.center_labels(data.train_labels, len(data.classes))
     return f.T @ f / len(f), f.T @ y / len(f), y.square().sum() / len(f)
 
@@ -160,7 +160,7 @@ def distill_in_one_network(theta, data, args, path):
         else:
             w = fit(theta, images, labels, data)  # line 7
             loss = 0.5 * ((w * (gram @ w - 2 * cross)).sum() + constant)  # ||f w - y||^2 / 2m
-        optimizer.param_groups[0]["lr"] = args.lr * common.cosine(t, args.iterations)
+        optimizer.param_groups[0]["lr"] = args.lr * common.cosine_decay(t, args.iterations)
         optimizer.zero_grad()
         (loss + common.margin_loss(labels)).backward()
         optimizer.step()  # lines 8, 9
@@ -184,12 +184,12 @@ def cached_subset(data, n, args):
     key = (data.preprocess.fingerprint, index.tolist(), ipc, args.iterations, args.lr, args.seed)
     path = pathlib.Path(args.data_dir) / "subsets" / data.name / f"{common.hash_int(*key):016x}.pt"
     if not path.exists():
-        # DSA "to mimic the cases of larger datasets": each image once more, transformed
+        # DSA, "to mimic the cases of larger datasets" (Sec. 4.1): one transformed copy per image
         parts = enumerate(subset.train.split(128))
         copies = [common.dsa(x, data.flip, args.seed, n, i) for i, x in parts]
         train = torch.cat([subset.train, *copies])
         larger = replace(subset, train=train, train_labels=labels.repeat(2))
-        larger.indices_by_class = subset.indices_by_class  # X_S starts without DSA
+        larger.indices_by_class = subset.indices_by_class  # so that X_S starts untransformed
 
         args = replace(args, ipc=ipc, down_sample=False)
         images, labels, run = distill_in_one_network(build_network(data), larger, args, path)
@@ -223,8 +223,8 @@ def reconstruction_loss(translator, data, args, i):
 def bilevel_loss(theta, net, data, args, i, alpha=2.0):
     """Compute Alg. 1, lines 3 to 12: T steps in theta, then Eq. 2 in a random network.
 
-    One graph holds all steps, so memory grows with T, as in the paper. alpha is a rate on half the
-    mean: 2 is Table 1's 1e-3 on the sum over 1,024 images; over all 50,000 (line 4) it were 100.
+    One graph holds all steps, so memory grows with T, as in the paper. Table 1's alpha, 1e-3 on a
+    sum over m images, is 0.002 m on half the mean: 2 for m = 1,024, 100 for all 50,000 (line 4).
     """
     key = (args.seed, "space", i)
     images, labels = start_synthetic(data, args, *key, "start")  # line 3
@@ -234,9 +234,10 @@ def bilevel_loss(theta, net, data, args, i, alpha=2.0):
     for _ in range(args.inner_steps):
         w = fit(theta, images, labels, data)  # line 6
         loss = common.half_square(target @ w, target_labels)
-        slopes = torch.autograd.grad(loss, (images, labels), create_graph=True)
-        images = images - alpha * slopes[0]  # line 7
-        labels = labels - alpha * slopes[1]  # line 8
+        inputs = (images, labels)
+        grad_images, grad_labels = torch.autograd.grad(loss, inputs, create_graph=True)
+        images = images - alpha * grad_images  # line 7
+        labels = labels - alpha * grad_labels  # line 8
     return random_network_loss(net, images, labels, data, args, *key)
 
 

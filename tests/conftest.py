@@ -33,7 +33,7 @@ def make_data(folder, per_class=12, name="tiny"):
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(3).repeat(per_class)
     pixels = torch.randint(256, (2, len(labels), 3, 16, 16), generator=generator).byte()
-    preprocess = common.Preprocess.fit(name, pixels[0], "standardize", folder)
+    preprocess = common.Preprocess.fit(name, pixels[0], labels, "standardize", folder)
     train, test = preprocess(pixels[0]), preprocess(pixels[1])
     return common.Dataset(name, ["ant", "bee", "cat"], train, labels, test, labels, preprocess)
 

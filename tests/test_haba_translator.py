@@ -114,7 +114,7 @@ def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
 
     def images_of(before, name, u):
         """Augmented images, with a graph, labels, hallucinators of a recorded transform."""
-        index = find(before, factors.everything().flatten(0, 1))
+        index = find(before, factors.all_images().flatten(0, 1))
         assert len(u.unique(dim=0)) == len(index.unique()) == len(index)
         images = torch.cat([factors(i % 6, i // 6) for i in index.split(1)])
         return plain.transform(images, name, u), factors.labels[index % 6], index // 6
@@ -132,7 +132,7 @@ def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
         alpha = max(alpha - 1e-5 * step_size.grad.item(), 0.001)
         assert found["step_size"] == pytest.approx(alpha, rel=1e-8)
     else:
-        images = factors.everything().unflatten(1, (3, 2)).transpose(0, 1).flatten(1, 2)
+        images = factors.all_images().unflatten(1, (3, 2)).transpose(0, 1).flatten(1, 2)
         loss = plain.matching_loss(objective, net, images, calls[0:6:2], calls[1:6:2])
         loss.backward()
     assert history[0][0] == pytest.approx(loss.item(), rel=1e-8)

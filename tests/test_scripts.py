@@ -283,6 +283,8 @@ dm --size 8 > 8x8 --size
 dm --out FILE/out > FILE
 haba --ipc 1 > --bpc bases
 haba --depth 0 --channels 8 > --depth 0
+haba --hallucinators 0 --basis-channels 2 > --hallucinators 0
+dm --dataset glyphs --size 32 > glyphs 16x16
 kfs --real-means 2 --batch-real 4 > --real-means --batch-real
 kfs --fixed-decoders DM > DM kfs.py
 translator_fewshot --eval-every 1 > --eval-every
@@ -298,7 +300,10 @@ evaluate DM --corruption nowhere > nowhere
 evaluate DM --out FILE/out > FILE
 evaluate DM --export FILE > FILE
 evaluate --coreset random --dataset TINY --ipc 13 > 13
-evaluate --continual dm --dataset TINY --steps 2 > 3 classes --steps
+evaluate --continual dm --dataset TINY --steps 2 > --steps 1 at most
+evaluate --continual mtt --dataset TINY --steps 1 --iterations 0 > --iterations 1 or more
+evaluate --continual dm --dataset TINY --steps 1 --network vgg11 > --continual
+evaluate DM DM --export images > --export
 evaluate --table --out empty > results.jsonl
 """
 
@@ -339,3 +344,16 @@ def test_stale_adaptation(call):
     assert call("translator_fewshot")[0] == 0
     status, err = call("translator_fewshot", "--iterations", 5)
     assert status == 2 and "_adapted.ckpt differs in experts or inputs" in err.splitlines()[-1]
+
+
+def test_table(tmp_path, capsys):
+    """One line per job: other modes are other jobs, a repeated one replaces its line."""
+    row = dict(method="translator_fewshot", dataset="mnist", per_class=1, network="convnet3")
+    row |= dict(iterations=9, epochs=1, runs=1, seed=0, std=0, best=None, random=1, random_std=0)
+    scores = [("one-net", 30), ("bilevel", 40), ("one-net", 50)]
+    rows = [row | dict(settings={"mode": m}, accuracy=a, random_per_class=1) for m, a in scores]
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    evaluate.main(["--table", "--out", str(tmp_path)])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    found = {line[0].split()[-1]: line[6] for line in lines}
+    assert found == {"bilevel": "40 +- 0", "one-net": "50 +- 0"}
