@@ -308,7 +308,7 @@ def test_frepo(name, flip, data, tmp_path, monkeypatch):
     mirror = flip and name == "cifar10"  # CIFAR-100 at 10 images a class goes without
     assert args.zca and args.whitening == "zca-trace"
     k = int(history[0][1]["ages"].tolist() == [0, 51])  # the second network starts at age 50
-    net = common.ConvNet(data.shape, 3, norm=False, double=True).reset(0, "pool", k)
+    net = frepo.build_network(data.shape, 3).reset(0, "pool", k).eval()
     images, numbers = data.sample(10, 0, "start")
     labels = (F.one_hot(numbers, 3) - 1 / 3) / math.sqrt(3 / 10)
     leaves = images.requires_grad_(), labels.requires_grad_()
@@ -321,9 +321,29 @@ def test_frepo(name, flip, data, tmp_path, monkeypatch):
     assert relative(found["images"], images.detach()) < 1e-5
     assert relative(found["labels"], labels.detach()) < 1e-5
     net.zero_grad()
-    ((net(found["images"]) - found["labels"]).square().sum() / 2 / 30).backward()
+    features = net.train().blocks(found["images"]).flatten(1)
+    ((net.classifier(features) - found["labels"]).square().sum() / 2 / 30).backward()
     torch.optim.Adam(net.parameters(), lr=0.01).step()
     assert relative(joined(history[0][1]["pool"], f"{k}."), joined(net.state_dict())) < 1e-4
+
+
+def test_batch_norm(data, tmp_path, monkeypatch):
+    """It follows the pooling; its running statistics serve the features, one step moves them."""
+    history = record_steps(monkeypatch)
+    args = frepo.Args(iterations=2, ipc=12, pool=1, batch_real=20, ridge=1e-3)
+    frepo.distill(data, args, tmp_path / "frepo.pt")
+    state = history[0][1]
+    images, labels = state["images"], state["labels"]
+    net = frepo.build_network(data.shape, 3)
+    x = F.avg_pool2d(net.reset(0, "pool", 0).blocks[0](images).relu(), 2)  # 36 images
+    net.load_state_dict({name[2:]: tensor for name, tensor in state["pool"].items()})
+    norm = net.eval().blocks[3]
+    assert relative(norm.running_mean, 0.9 * x.mean((0, 2, 3))) < 1e-6
+    assert relative(norm.running_var, 0.1 + 0.9 * x.var((0, 2, 3))) < 1e-6
+    real, real_labels = data.batch(20, 0, 1, "real")
+    truth = F.one_hot(real_labels, 3) - 1 / 3
+    loss = nfr_by_hand(net, images, labels, real, truth, 1e-3, True)
+    assert history[1][0] == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_pool(data, tmp_path, monkeypatch):
@@ -331,11 +351,12 @@ def test_pool(data, tmp_path, monkeypatch):
     history = record_steps(monkeypatch)
     args = frepo.Args(iterations=24, pool=3, max_age=4, batch_real=6, lr_pool=1e-3)
     frepo.distill(data, args, tmp_path / "frepo.pt")
-    net = common.ConvNet(data.shape, 3, norm=False, double=True)
+    net = frepo.build_network(data.shape, 3)
     before = [common.flatten(net.reset(0, "pool", k)) for k in range(3)]
     ages, replaced = [0, 1, 2], set()
     for _, state in history:
-        after = [joined(state["pool"], f"{k}.") for k in range(3)]
+        weights = {n: p for n, p in state["pool"].items() if n.endswith(("weight", "bias"))}
+        after = [joined(weights, f"{k}.") for k in range(3)]  # without running statistics
         moves = [(a - b).abs().max().item() for a, b in zip(after, before, strict=True)]
         (k,) = [k for k in range(3) if moves[k] > 0]
         ages[k] = (ages[k] + 1) % 4
