@@ -332,11 +332,10 @@ def test_batch_norm(data, tmp_path, monkeypatch):
     history = record_steps(monkeypatch)
     args = frepo.Args(iterations=2, ipc=12, pool=1, batch_real=20, ridge=1e-3)
     frepo.distill(data, args, tmp_path / "frepo.pt")
-    state = history[0][1]
-    images, labels = state["images"], state["labels"]
+    images, labels, pool = (history[0][1][name] for name in ("images", "labels", "pool"))
     net = frepo.build_network(data.shape, 3)
     x = F.avg_pool2d(net.reset(0, "pool", 0).blocks[0](images).relu(), 2)  # 36 images
-    net.load_state_dict({name[2:]: tensor for name, tensor in state["pool"].items()})
+    net.load_state_dict({name[2:]: tensor for name, tensor in pool.items()})
     norm = net.eval().blocks[3]
     assert relative(norm.running_mean, 0.9 * x.mean((0, 2, 3))) < 1e-6
     assert relative(norm.running_var, 0.1 + 0.9 * x.var((0, 2, 3))) < 1e-6
