@@ -501,9 +501,7 @@ class ConvNet(nn.Module):
         for i in range(depth):
             self.blocks.append(nn.Conv2d(channels, width, 3, padding=1 if i else pad))
             if norm:
-                self.blocks.append(
-                    nn.GroupNorm(width, width)
-                )  # one group per channel: instance norm
+                self.blocks.append(nn.GroupNorm(width, width))  # instance norm: a group per channel
             self.blocks.extend([nn.ReLU(inplace=True), AvgPool()])
             channels, size = width, size // 2
             width *= 1 + double
@@ -812,10 +810,8 @@ def score(data, distilled, images, labels, protocol, args):
         "scoring_seconds": round(time.time() - began),
     }
     what = f"{row['method']} on {data.name}, {row['per_class']} per class"
-    real = (
-        f"random real images, {real_per_class} per class: {row['random']} +- {row['random_std']} %"
-    )
-    print(f"{what}: {row['accuracy']} +- {row['std']} % ({real})")
+    real = f"random real images, {real_per_class} per class: {row['random']}"
+    print(f"{what}: {row['accuracy']} +- {row['std']} % ({real} +- {row['random_std']} %)")
     append_row(row, data.device, args.out)
     return row
 
