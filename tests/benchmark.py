@@ -1,7 +1,7 @@
 """Time and memory of one iteration of each method, beside the arithmetic floor.
 
     python tests/benchmark.py --quick                 # a few minutes on two cores
-    python tests/benchmark.py --against FOLDER        # also times the first version, in FOLDER
+    python tests/benchmark.py                         # a quarter of an hour
 
 Images are noise, 3x32x32 in 10 classes. Seconds: the median of the iterations that fit into the
 budget, without the first. MB: the peak above what was held before. Floor: the arithmetic of the
@@ -12,7 +12,6 @@ backward, 6 for the gradient of the gradient; what is built a second time does n
 
 import argparse
 import ctypes
-import importlib
 import itertools
 import pathlib
 import sys
@@ -76,16 +75,11 @@ def measure(work, *args):
         return end.args
 
 
-def timed(loop):
-    timer = Timer()
-    for item in loop:
-        yield item
-        timer.step()
-
-
 def repeat(function, *args):
-    for _ in timed(itertools.count()):
+    timer = Timer()
+    while True:
         function(*args)
+        timer.step()
 
 
 def matmul_rate(device, dtype):
@@ -97,19 +91,19 @@ def matmul_rate(device, dtype):
     return rate
 
 
-def make_data(version, device, count=5120):
-    """A Dataset of noise; version: common.py, or that of the first version."""
+def make_data(device, count=5120):
+    """A Dataset of noise."""
     images = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
     labels = (torch.arange(count) % CLASSES).to(device)
     mean = torch.zeros(3, 1, 1, device=device)
-    preprocess = version.Preprocess("standardize", "noise", mean, mean + 1)
-    return version.Dataset("noise", list("0123456789"), *(images, labels) * 2, preprocess)
+    preprocess = common.Preprocess("standardize", "noise", mean, mean + 1)
+    return common.Dataset("noise", list("0123456789"), *(images, labels) * 2, preprocess)
 
 
-def match(version, device, ipc, steps):
-    """Match trajectories on the same inputs with either version."""
+def match(device, ipc, steps):
+    """Match trajectories of `steps` student steps."""
     torch.manual_seed(0)
-    net = version.ConvNet(SHAPE, CLASSES).to(device)
+    net = common.ConvNet(SHAPE, CLASSES).to(device)
     start = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
     target, step_size = start + 0.01 * torch.randn_like(start), torch.tensor(0.01, device=device)
     images = torch.randn(CLASSES * ipc, *SHAPE, device=device).requires_grad_()
@@ -118,12 +112,12 @@ def match(version, device, ipc, steps):
     def batch(n):
         return common.dsa(images, True, n), labels
 
-    repeat(version.match_trajectory, net, start, target, step_size, batch, steps)
+    repeat(common.match_trajectory, net, start, target, step_size, batch, steps)
 
 
 def epoch(device, count):
     """An epoch of training on `count` images."""
-    data = make_data(common, device, count)
+    data = make_data(device, count)
     net = common.ConvNet(SHAPE, CLASSES).to(device).reset("benchmark")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     rest = (data.train[None], data.train_labels, common.Protocol(), 0)
@@ -132,99 +126,64 @@ def epoch(device, count):
 
 def distill(module, device, **settings):
     """The loop of a method, without checkpoints."""
-    module.distill(make_data(common, device), module.Args(**settings), PATH)
-
-
-def load_first_version(folder):
-    """common.py and dm.py of the first version, beside ours of the same names."""
-    ours = {name: sys.modules.pop(name) for name in ("common", "dm")}
-    sys.path.insert(0, folder)
-    first, module = (importlib.import_module(name) for name in ours)
-    sys.path.remove(folder)
-    sys.modules.update(ours)
-    first.iterations = lambda total, *_: timed(range(total))
-    return first, module
-
-
-def first_epoch(first, device, count):
-    data, net = make_data(first, device, count), first.ConvNet(SHAPE, CLASSES).to(device)
-    for _ in timed(first.expert_epochs(data, net, None, 10**6, ("benchmark",))):
-        pass
+    module.distill(make_data(device), module.Args(**settings), PATH)
 
 
 def score(device):
     """Train a network for 20 epochs on 100 images and test it on them."""
-    data, args = make_data(common, device, 100), common.Args(epochs=20)
+    data, args = make_data(device, 100), common.Args(epochs=20)
     rest = (data.train_labels, common.Protocol(), args)
     repeat(common.train_and_test, data, data.train[None], *rest)
 
 
-def first_score(first, device):
-    data = make_data(first, device, 100)
-
-    def draw(run, index, *key):
-        return data.train[index], data.train_labels[index]
-
-    repeat(first.train_and_test, data, draw, 100, first.PROTOCOL, None, 20, 1)
-
-
-def rows(device, quick, first, module):
-    """Yield name, images, operations in float32 and in autocast's type, work, first version's."""
+def rows(device, quick):
+    """Yield name, images, operations in float32 and in autocast's type, work."""
     for ipc, steps in itertools.product((1, 10) if quick else (1, 10, 50), (10, 20, 40)):
         if steps == 10 or not quick:
             name, n = f"match_trajectory, {ipc} a class, {steps} steps", CLASSES * ipc * steps
-            works = [partial(match, version, device, ipc, steps) for version in (common, first)]
-            yield name, n, 9 * n * CONVNET, 0, *works
-    works = partial(score, device), partial(first_score, first, device)
-    yield "score of 20 epochs, 100 images", 2100, 0, 6100 * CONVNET, *works
-    works = partial(epoch, device, 2048), partial(first_epoch, first, device, 2048)
-    yield "expert's epoch, 2,048 images", 2048, 0, 3 * 2048 * CONVNET, *works
+            yield name, n, 9 * n * CONVNET, 0, partial(match, device, ipc, steps)
+    yield "score of 20 epochs, 100 images", 2100, 0, 6100 * CONVNET, partial(score, device)
+    work = partial(epoch, device, 2048)
+    yield "expert's epoch, 2,048 images", 2048, 0, 3 * 2048 * CONVNET, work
     for ipc in (10,) if quick else (1, 10, 50):
         n = CLASSES * ipc
         work = partial(distill, haba, device, bpc=ipc, student_steps=10)
-        yield f"HaBa, {ipc} a class, 10 steps", 14 * n, 100 * n * CONVNET, 0, work, None
+        yield f"HaBa, {ipc} a class, 10 steps", 14 * n, 100 * n * CONVNET, 0, work
         work, pooled = partial(distill, frepo, device, ipc=ipc), min(n, 500)
         floor = (4 * n + 3 * pooled) * FREPO, 1024 * FREPO
-        yield f"FRePo, {ipc} a class, 1,024 real", 1024 + 2 * n + pooled, *floor, work, None
+        yield f"FRePo, {ipc} a class, 1,024 real", 1024 + 2 * n + pooled, *floor, work
         m = n * (128 if ipc == 1 else 32)
         work = partial(distill, kfs, device, ipc=ipc, high_res=ipc > 1, pretrain=1, batch_real=256)
         floor = (2560 + 3 * m) * CONVNET
-        yield f"KFS, {ipc} a class, 256 real", 2560 + m, 0, floor, work, None
+        yield f"KFS, {ipc} a class, 256 real", 2560 + m, 0, floor, work
         work = partial(distill, translator_fewshot, device, ipc=ipc, mode="one-net")
         floor = 4 * n * FREPO + 4 * 8192**2 * CLASSES
-        yield f"translator's step in one network, {ipc} a class", 2 * n, floor, 0, work, None
-        rest = first and (make_data(first, device), ipc, module.SETTINGS["cifar10", 1], 0, PATH)
-        works = partial(distill, dm, device, ipc=ipc), first and partial(module.distill, *rest)
-        yield f"DM, {ipc} a class, 256 real", 2560 + n, 2 * n * CONVNET, 2560 * CONVNET, *works
+        yield f"translator's step in one network, {ipc} a class", 2 * n, floor, 0, work
+        work = partial(distill, dm, device, ipc=ipc)
+        yield f"DM, {ipc} a class, 256 real", 2560 + n, 2 * n * CONVNET, 2560 * CONVNET, work
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer sizes, two seconds a row")
-    parser.add_argument("--against", metavar="FOLDER", help="the first version's scripts")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # as common.load_dataset sets it
     Timer.budget = 2.0 if args.quick else 10.0
     experts = torch.randn(2, 30, 320010, device=device) / 100
     common.Run, common.load_experts = Timer, lambda *_: experts
-    versions = load_first_version(args.against) if args.against else (None, None)
-
+    common.keep_memory()
     low = torch.bfloat16 if common.is_bfloat16(device) else torch.float32
     rates = matmul_rate(device, torch.float32), matmul_rate(device, low)
     speed = f"{rates[0] / 1e9:.0f} GFLOP/s in float32, {rates[1] / 1e9:.0f} in {low}"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {speed}\n")
-    print("| one iteration | seconds | images/s | MB | floor | over floor | first version |")
-    print("| --- " * 7 + "|")
-    table = list(rows(device, args.quick, *versions))
-    theirs = [measure(row[-1])[0] if args.against and row[-1] else None for row in table]
-    common.keep_memory()  # after the first version, which returns what it frees
-    for (name, images, exact, reduced, work, _), old in zip(table, theirs, strict=True):
+    print("| one iteration | seconds | images/s | MB | floor | over floor |")
+    print("| --- " * 6 + "|")
+    for name, images, exact, reduced, work in rows(device, args.quick):
         seconds, megabytes = measure(work)
         floor = exact / rates[0] + reduced / rates[1]
-        first = f"{old:.3g}" if old else ""
         numbers = f"{seconds:.3g} | {images / seconds:.0f} | {megabytes:.0f} | {floor:.3g}"
-        print(f"| {name} | {numbers} | {seconds / floor:.2f} | {first} |", flush=True)
+        print(f"| {name} | {numbers} | {seconds / floor:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

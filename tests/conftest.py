@@ -1,9 +1,7 @@
-"""What the tests share: the repository on sys.path, settings, a tiny data set, subprocesses."""
+"""What the tests share: the repository on sys.path, settings, a tiny data set."""
 
 import contextlib
-import os
 import pathlib
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -49,17 +47,11 @@ def exact(monkeypatch):
     monkeypatch.setattr(common, "autocast", lambda device: contextlib.nullcontext())
 
 
-@pytest.fixture
-def python(tmp_path):
-    """Run `python *args` in a folder of its own; a script of the repository goes by its name."""
-
-    def call(*args, **env):
-        args = [ROOT / arg if str(arg).endswith(".py") else str(arg) for arg in args]
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
-        options = {"capture_output": True, "text": True, "timeout": 240}
-        return subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, **options)
-
-    return call
+def find(images, pool):
+    """Index in `pool` of each image; each has to occur."""
+    found = (images[:, None] == pool).flatten(2).all(2).nonzero()
+    assert found[:, 0].tolist() == list(range(len(images)))
+    return found[:, 1]
 
 
 def relative(ours, theirs):

@@ -3,14 +3,17 @@
 import collections
 import dataclasses
 import math
+import os
 import resource
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Args, make_data, relative
+from conftest import ROOT, Args, find, make_data, relative
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -67,13 +70,6 @@ def test_standardize(tmp_path):
     assert fit("tiny", pixels).fingerprint != own.fingerprint
 
 
-def find(images, pool):
-    """Indices of `images` in `pool`; each has to occur."""
-    index = (images[:, None] == pool).flatten(2).all(2).nonzero()
-    assert torch.equal(index[:, 0], torch.arange(len(images)))
-    return index[:, 1]
-
-
 def test_sample(data):
     """Different images of the right classes, all come up; too many raise."""
     data = dataclasses.replace(data, train=data.train[4:], train_labels=data.train_labels[4:])
@@ -104,11 +100,12 @@ def test_glyphs(tmp_path):
     assert len(data.classes) == labels.max() + 1 == data.test_labels.max() + 1
 
 
-def test_hash_int(python):
+def test_hash_int():
     """The same integer in every process, below 2**63; another one for another key or type."""
     code = "import common; print(common.hash_int('seed', 1, ('a', 2.5)))"
-    found = python("-c", code, PYTHONHASHSEED="7")
-    assert int(found.stdout) == common.hash_int("seed", 1, ("a", 2.5)), found.stderr
+    env = os.environ | {"PYTHONHASHSEED": "7"}
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env)
+    assert int(found) == common.hash_int("seed", 1, ("a", 2.5))
     values = [common.hash_int(*key) for key in [(1,), ("1",), (1, 1), (11,), ((1,),), ()]]
     assert len(set(values)) == 6 and all(0 <= value < 2**63 for value in values)
 
@@ -318,7 +315,7 @@ def test_learning_rate(tmp_path):
 
 @pytest.mark.parametrize("regression", [False, True])
 def test_train(regression, data):
-    """Training against a plain loop: the optimizer's numbers, the schedule, the batches."""
+    """Training against a plain loop: the optimizer, the schedule, the batches, their mixing."""
     data = dataclasses.replace(data, name="mnist")
     variants, labels = torch.stack([data.train, -data.train]).double(), data.train_labels
     pool, batches = variants.flatten(0, 1), []
@@ -328,7 +325,16 @@ def test_train(regression, data):
         batches.append(find(images, pool))
         return images
 
-    settings = {"batch": 15, "epochs": 3, "weight_decay": 0.05, "regression": regression}
+    def mix(images, labels, *key):  # negatives, each labelled as the next class
+        return -images, labels.roll(1, 1)
+
+    settings = {
+        "mix": mix,
+        "batch": 15,
+        "epochs": 3,
+        "weight_decay": 0.05,
+        "regression": regression,
+    }
     if regression:
         settings["optimizer"] = torch.optim.AdamW
     settings["network"] = lambda *shape: common.ConvNet(*shape, width=8).double()
@@ -346,7 +352,7 @@ def test_train(regression, data):
     rates = [0.01 / 1.5, 0.01, 0.01 * 0.7525] if regression else [0.01, 0.01, 0.001]
     for step, index in enumerate(batches):
         optimizer.param_groups[0]["lr"] = rates[step // 3]
-        logits, wanted = net(pool[index]), labels[index % 36]
+        logits, wanted = net(-pool[index]), (labels[index % 36] + 1) % 3
         loss = F.cross_entropy(logits, wanted)
         if regression:
             loss = (logits - F.one_hot(wanted, 3) + 1 / 3).square().sum() / 2 / len(wanted)

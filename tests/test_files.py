@@ -1,7 +1,8 @@
 """Files, checkpoints, the command line and folders of images, as a user meets them."""
 
-import argparse
+import ast
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -180,13 +181,48 @@ def test_help(method, capsys, monkeypatch):
         assert text and re.search(rf"{flag}\b[^\n]*\s+{re.escape(text)}", out), flag
 
 
-@pytest.mark.parametrize("argv", ["--ipc 0", "--seed -1", "--ipc many", "--lr nan", "--other"])
-def test_bad_flags(argv):
-    with pytest.raises((common.UserError, argparse.ArgumentError)) as caught:
-        common.parse_args(Args, PRESETS, argv.split())
-    assert all(word in str(caught.value) for word in argv.split())
-    with pytest.raises(common.UserError, match="--iteration: .*--iterations"):
-        common.parse_args(Args, PRESETS, ["--iteration", "5"])
+METHODS = """
+dm cifar10 50 lr=1
+dm cifar10 100 lr=10
+dm cifar100 100 lr=1 zca=False
+mtt cifar10 1 zca=True
+haba cifar10 1 max_start=2 student_steps=50 lr_hallucinators=100 zca=True
+kfs cifar10 1 high_res=False scoring="idc"
+kfs cifar10 10 high_res=True
+frepo cifar10 1 zca=True mirror=True batch_pool=500
+frepo cifar10 100 mirror=True batch_pool=1000
+frepo cifar100 10 mirror=False batch_pool=1000
+frepo tinyimagenet 10 mirror=False
+frepo mnist 10 zca=False
+translator_fewshot fashionmnist 1 zca=False
+translator_fewshot cifar100 1 zca=True lr=1e-3
+"""
+
+
+@pytest.mark.parametrize("line", METHODS.strip().splitlines())
+def test_presets_of_the_methods(line):
+    """The authors' settings by data set and budget (protocols.md, section 9)."""
+    method, dataset, budget, *expected = line.split()
+    module = importlib.import_module(method)
+    argv = ["--dataset", dataset, "--bpc" if method == "haba" else "--ipc", budget]
+    args = common.parse_args(module.Args, module.PRESETS, argv)
+    for name, value in [pair.split("=") for pair in expected]:
+        assert getattr(args, name) == ast.literal_eval(value), name
+
+
+def test_protocols():
+    """Scores: FRePo's network, augmentation and AdamW, the translator's variant; KFS's epochs."""
+    for method, decay, more in (("frepo", 0, {}), ("translator_fewshot", 5e-4, {"scale": True})):
+        protocol = importlib.import_module(method).protocol({}, 10)
+        network = protocol.network((3, 32, 32), 10)
+        assert network.kind == "frepo-convnet3"
+        assert not any(isinstance(layer, nn.GroupNorm) for layer in network.modules())
+        assert (protocol.optimizer, protocol.weight_decay) == (torch.optim.AdamW, decay)
+        augment = functools.partial(protocol.augment)
+        assert (augment.func, augment.keywords) == (common.frepo_augment, more)
+    kfs = importlib.import_module("kfs").protocol({"scoring": "idc"})
+    rates = [kfs.rate(epoch, 1280) for epoch in (0, 132, 133, 165, 166, 199)]
+    assert kfs.epochs == 200 and rates == pytest.approx([0.01] * 2 + [0.002] * 2 + [0.0004] * 2)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import test_matching as plain
 import torch
 import torch.nn.functional as F
-from conftest import relative
-from test_matching import find, joined, small_data  # noqa: F401, the fixture `data`
+from conftest import find, relative
+from test_matching import joined, small_data  # noqa: F401, the fixture `data`
 from test_trajectory import naive_match
 
 import common
@@ -163,6 +163,21 @@ def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
         assert which[0] != which[b]
 
 
+def test_dc_network(data, tmp_path):
+    """Between two matches DC trains its network on the set: one step of plain SGD an epoch."""
+    args = settings(tmp_path, objective="dc", dsa=False, iterations=3, matches=3, net_epochs=2)
+    args.hallucinators, args.lr_bases = 0, 1e-12
+    haba.distill(data, args, tmp_path / "haba.pt")
+    net = common.ConvNet(data.shape, 3).reset(0, 0)
+    start, (images, labels) = common.flatten(net), data.sample(2, 0, "start")
+    for _ in range(4):
+        net.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        torch.optim.SGD(net.parameters(), lr=0.01).step()
+    found = common.load(tmp_path / "haba.ckpt", "")["state"]["net"]
+    assert relative(joined(found) - start, common.flatten(net) - start) < 1e-6
+
+
 def test_momentum_alone(data, tmp_path, monkeypatch):
     """A hallucinator that is not drawn goes on with 0.95 of its last move."""
     history = plain.record_steps(monkeypatch)
@@ -218,16 +233,24 @@ def test_bilevel_loss(flip, data, monkeypatch):
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_one_network(flip, data, tmp_path, monkeypatch):
-    """Alg. 2, lines 4 to 9: each step's loss is Eq. 2 on all real images, by matrix inversion."""
+    """Alg. 2, lines 4 to 9: Eq. 2 on all real images, by matrix inversion; the hinge, Adam."""
     monkeypatch.setattr(common, "krr", partial(common.krr, ridge=1e-3))
+    monkeypatch.setattr(common, "margin_loss", torch.norm)  # the hinge has no gradient yet
     history, data.flip = plain.record_steps(monkeypatch), flip
     theta, args = tf.build_network(data), tf.Args(mode="one-net", iterations=3, lr=0.1)
     tf.distill_in_one_network(theta, data, args, tmp_path / "one.pt")
     images, labels = tf.start_synthetic(data, args, 0, "start")
     rest = data.train, common.center_labels(data.train_labels, 3), 1e-3, flip
-    for loss, state in history:
-        assert loss == pytest.approx(plain.nfr_by_hand(theta, images, labels, *rest).item())
-        images, labels = state["images"], state["labels"]
+    optimizer = torch.optim.Adam([images, labels])
+    for (loss, state), rate in zip(history, (0.1, 0.0775, 0.0325), strict=True):  # a cosine
+        expected = plain.nfr_by_hand(theta, images, labels, *rest)
+        assert loss == pytest.approx(expected.item())
+        optimizer.zero_grad()
+        (expected + labels.norm()).backward()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        assert relative(state["images"], images.detach()) < 1e-6
+        assert relative(state["labels"], labels.detach()) < 1e-6
     assert history[-1][0] < 0.99 * history[0][0]
 
 

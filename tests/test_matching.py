@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_data, relative
+from conftest import find, make_data, relative
 from test_trajectory import naive_match
 
 import common
@@ -52,13 +52,6 @@ def record_steps(monkeypatch):
 
     monkeypatch.setattr(common.Run, "step", record)
     return kept
-
-
-def find(images, pool):
-    """Index in `pool` of each image."""
-    found = (images[:, None] == pool).flatten(2).all(2).nonzero()
-    assert found[:, 0].tolist() == list(range(len(images)))
-    return found[:, 1]
 
 
 def joined(state, prefix=""):

@@ -54,20 +54,3 @@ def test_krr_near_singular():
 def test_krr_not_positive_definite():
     """NaN, which no loop accepts; no error out of a linear solver."""
     assert common.krr(*torch.ones(2, 4, 4), ridge=0).isnan().all()
-
-
-@pytest.mark.parametrize("ridge", [1e-6, 0.5])
-def test_half_square(ridge):
-    """Half the squared error, summed over classes, mean over target images."""
-    inputs, wanted = (drawn(5, 9), drawn(5, 3, key=1), drawn(4, 9, key=2)), drawn(4, 3, key=3)
-    error = (solve(*inputs, ridge) - wanted).tolist()
-    expected = sum(e * e for row in error for e in row) / 2 / 4
-    assert common.half_square(predict(*inputs, ridge), wanted).item() == pytest.approx(expected)
-
-
-def test_center_labels():
-    """one-hot - 1/C, divided by the scale."""
-    expected = torch.tensor([[-0.25, -0.25, 0.75, -0.25], [0.75, -0.25, -0.25, -0.25]])
-    for scale, options in ((1, ()), (0.4**0.5, (0.4**0.5,))):
-        found = common.center_labels(torch.tensor([2, 0]), 4, *options)
-        torch.testing.assert_close(found, expected / scale)

@@ -274,6 +274,8 @@ frepo --iterations 2 > frepo_tiny_ipc1.ckpt iterations --out
 dm --lr 2 > dm_tiny_ipc1.ckpt lr --out
 dm --out JUNK > dm_tiny_ipc1.ckpt broken
 dm --ipc 0 > --ipc 0
+dm --ipc many > --ipc many
+dm --seed -1 > --seed -1
 dm --ipc 13 > class tiny 12 images 13
 dm --lr nan > --lr nan
 dm --dataset nowhere > nowhere glyphs cifar10
