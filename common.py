@@ -781,7 +781,7 @@ def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
 def score(data, distilled, images, labels, protocol, args):
     """Score a distilled set and random real images of the same storage -> row of results.jsonl.
 
-    The random real images are scored by FRePo's protocol if the method is, otherwise by DM's.
+    The random real images are scored by DM's protocol, for FRePo and the translator by their own.
     """
     baseline = protocol if protocol.regression else Protocol(protocol.network)
     real_per_class = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))

@@ -90,7 +90,7 @@ def layout(args, shape):
 
     Tables 6 and 9 are missing from our copy of the paper. Its text prints 16 codes of 12x4x4 and 8
     decoders of widths 12, 9, 6, 3 (Low-R) for one image of 3x32x32, and the same codes for ten
-    (30,720 numbers are 160 of them). From about ten images on we take 12x8x8 and 12, 6, 3 (High-R).
+    (30,720 numbers are 160 of them). The preset for ten has 12x8x8 and 12, 6, 3 instead (High-R).
     """
     c, h, w = shape
     cell = 4 if args.high_res else 8
