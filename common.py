@@ -85,7 +85,7 @@ def parse_args(cls, presets, argv=None):
     """
     title = inspect.getmodule(cls).__doc__.partition("\n")[0]
     options = {"usage": "%(prog)s [--flag value]", "allow_abbrev": False, "exit_on_error": False}
-    options["epilog"] = "The presets of a data set replace the defaults in brackets."
+    options["epilog"] = "Presets replace defaults in brackets; a run prints the values in use."
     parser = argparse.ArgumentParser(description=title, **options)
     flags = {"--" + setting.name.replace("_", "-"): setting for setting in fields(cls)}
     helps = {flag: setting.metadata["help"] for flag, setting in flags.items()}
@@ -129,7 +129,7 @@ def run(main):
     try:
         return main()
     except KeyboardInterrupt as stop:
-        message = str(stop) or "stopped: repeat the command to continue"
+        message = str(stop) or "stopped: repeat the command"
         status = 130
     except (UserError, argparse.ArgumentError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -264,7 +264,9 @@ def read_images(name, args):
         path = pathlib.Path(args.data_dir) / ".cache" / f"images_{stamp:016x}.pt"
         arrays = cached(path, partial(decode_images, splits, args.size))
     except (OSError, ValueError, RuntimeError, SyntaxError, ImportError) as error:
-        raise UserError(f"{name} cannot be read: {str(error).partition('. ')[0]}") from None
+        reason = str(error).partition(". ")[0]
+        places = f": put it into {args.data_dir}/{name}/train/<class>/ and test/" * (name in STATS)
+        raise UserError(f"{name} cannot be read ({reason}){places}") from None
     classes, test_classes = (list(getattr(s, "classes", "0123456789")) for s in splits)  # SVHN
     if len(classes) < 2 or classes != test_classes:
         raise UserError(f"{name}: train and test need the same classes, two or more")
@@ -279,7 +281,7 @@ def open_splits(name, data_dir):
             return [torchvision.datasets.ImageFolder(folder / split) for split in ("train", test)]
     if name not in STATS:
         known = ", ".join(["glyphs", *STATS])
-        raise UserError(f"no data set {name}: use {known}, or a folder with train/ and test/")
+        raise UserError(f"{name} is no data set: use {known}, or a folder with train/ and test/")
     build = getattr(torchvision.datasets, STATS[name][0])
     splits = ("train", "test") if name == "svhn" else (True, False)  # split=, or train=
     return [build(data_dir, split, download=True) for split in splits]
@@ -794,13 +796,13 @@ def score(data, distilled, images, labels, protocol, args):
         real, real_labels = data.sample(real_per_class, args.seed, "random real", k)
         random.append(train_and_test(data, real[None], real_labels, baseline, args, None, k))
 
-    names = ("method", "dataset", "per_class", "iterations", "seconds", "settings")
+    names = ("method", "dataset", "per_class", "iterations", "seconds", "evaluations", "settings")
     row = {name: distilled[name] for name in names}
     row |= {
         "network": protocol.network(data.shape, len(data.classes)).kind,
         "accuracy": round(np.mean(ours), 2),
         "std": round(np.std(ours), 2),
-        "best": max([value for _, value in distilled["evaluations"]], default=None),
+        "best": max([value for _, value in row["evaluations"]], default=None),
         "random": round(np.mean(random), 2),
         "random_std": round(np.std(random), 2),
         "random_per_class": real_per_class,
@@ -809,7 +811,8 @@ def score(data, distilled, images, labels, protocol, args):
         "seed": args.seed,
         "scoring_seconds": round(time.time() - began),
     }
-    what = f"{row['method']} on {data.name}, {row['per_class']} per class"
+    what = f"{row['method']} on {data.name}, {row['per_class']} per class, {row['network']}, "
+    what += f"{args.runs} x {row['epochs']} epochs"
     real = f"random real images, {real_per_class} per class: {row['random']}"
     print(f"{what}: {row['accuracy']} +- {row['std']} % ({real} +- {row['random_std']} %)")
     append_row(row, data.device, args.out)
@@ -851,7 +854,7 @@ def load(path, what):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of {what}") from None
     except Exception:
-        raise UserError(f"{path} is broken or not {what}: remove it or give another") from None
+        raise UserError(f"{path} is broken or not {what}: move it away or give another") from None
 
 
 def cached(path, make):
@@ -972,10 +975,12 @@ class Run:
     def restore(self, stored):
         settings = self.record["settings"]
         wrong = [name for name in settings if settings[name] != stored["settings"].get(name)]
-        if stored["done"] > self.args.iterations:
-            wrong.append("iterations")
         if wrong:
             raise UserError(f"{self.path} differs in {', '.join(wrong)}: remove it or change --out")
+        done = stored["done"]
+        if done > self.args.iterations:
+            raise UserError(f"{self.path} has {done} iterations: use as many, or another --out")
+        print(f"{self.path}: continuing after {done} iterations")
         state = stored.pop("state")
         self.record = stored
         for name, value in self.state.items():

@@ -157,7 +157,8 @@ def open_coreset(kind, args):
     count = len(data.classes)
     described = dict(method=kind, dataset=data.name, per_class=round(len(labels) / count))
     described |= dict(stored_per_class=images.numel() / count, step_size=None, iterations=0)
-    described |= dict(seconds=0, evaluations=[], settings={"seed": args.seed})
+    settings = {"seed": args.seed, "epochs": WHOLE_EPOCHS if kind == "whole" else 0}
+    described |= dict(seconds=0, evaluations=[], settings=settings)
     return data, described, images[None], labels, common.Protocol()
 
 
@@ -421,14 +422,13 @@ def jobs(paths, args):
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):
             if torch.is_tensor(net(torch.zeros(2, *data.shape))):
                 continue
-        raise common.UserError(f"{name} does not take images of {data.shape}: use another")
+        raise common.UserError(f"{name} is not for images of {data.shape}: try convnet, resnet18")
     for one, name, epochs in itertools.product(sets, args.network, args.epochs):
         data, distilled, images, labels, protocol = one
         if name:
             protocol = replace(protocol, network=functools.partial(build_network, name))
-        default = WHOLE_EPOCHS if distilled["method"] == "whole" else 0
-        options = argparse.Namespace(**(vars(args) | {"epochs": epochs or default}))
-        yield data, distilled, images, labels, protocol, options
+        options = vars(args) | {"epochs": epochs or distilled["settings"]["epochs"]}
+        yield data, distilled, images, labels, protocol, argparse.Namespace(**options)
 
 
 def main(argv=None):
@@ -436,7 +436,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument
     add("--network", nargs="+", default=[""], metavar="X", help=f"{NETWORKS}, torchvision's")
-    add("--epochs", nargs="+", type=int, default=[0], metavar="N", help="0: the protocol's")
+    add("--epochs", nargs="+", type=int, default=[0], metavar="N", help="0: those of the file")
     add("--runs", type=int, default=5, help="networks trained for a score (5)")
     add("--coreset", nargs="+", default=[], choices=CORESETS, metavar="X", help=" ".join(CORESETS))
     add("--ipc", type=int, default=10, help="images per class for --coreset, --continual (10)")

@@ -2,8 +2,9 @@
 
     python results/plot.py out              # writes out/curves.png
 
-Loss: each <stem>.csv of a distillation (iteration,loss,seconds). Accuracy over iterations, over
-levels of corruption and over the classes of continual learning: results.jsonl.
+Loss: each <stem>.csv of a distillation (iteration,loss,seconds). Accuracy over iterations (points:
+final scores, lines: --eval-every), over levels of corruption and over the classes of continual
+learning: results.jsonl.
 """
 
 import csv
@@ -28,7 +29,11 @@ def draw_accuracies(panels, rows):
     """One panel for each kind of row."""
     scores = {}
     for row in rows:
-        name = f"{row['method']}, {row['dataset']}, {row['per_class']} a class, {row['network']}"
+        settings = row.get("settings", {})
+        method = " ".join([row["method"], settings.get("objective", settings.get("mode", ""))])
+        name = f"{method}, {row['dataset']}, {row['per_class']} per class, {row['network']}"
+        if row.get("evaluations"):
+            panels[0].plot(*zip(*row["evaluations"], strict=True), label=f"{name}, one network")
         if row.get("kind") == "corruption":
             panels[1].errorbar(range(6), row["accuracy"], row["std"], label=name)
         elif row.get("kind") == "continual":
@@ -37,7 +42,7 @@ def draw_accuracies(panels, rows):
             scores.setdefault(name, []).append((row["iterations"], row["accuracy"], row["std"]))
     for name, points in scores.items():
         steps, means, stds = zip(*sorted(points), strict=True)
-        panels[0].errorbar(steps, means, stds, marker="o", label=name)
+        panels[0].errorbar(steps, means, stds, fmt="o", capsize=3, label=name)
     for axes, label in zip(panels, ("iterations", "corruption level", "classes"), strict=True):
         axes.set(title="test accuracy, %", xlabel=label)
 

@@ -141,7 +141,7 @@ def test_run(method, finished, call):
     (row,) = map(json.loads, open(path.parent / "results.jsonl"))
     assert set(ROW.split()) <= row.keys() and (row["runs"], row["epochs"]) == (1, 2)
     assert row["method"] == method and row["dataset"] == "tiny" and 0 <= row["accuracy"] <= 100
-    assert row["best"] == scores.get(2)
+    assert row["best"] == scores.get(2) and dict(row["evaluations"]) == scores
     assert row["random_per_class"] == {"haba": 5}.get(method, 1)  # as much storage
     status, err = call("evaluate", path)
     assert status == 0, err
