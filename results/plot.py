@@ -55,6 +55,7 @@ def main():
         lines = (folder / "results.jsonl").read_text().splitlines()
         draw_accuracies(panels[1:], [json.loads(line) for line in lines])
     for axes in panels:
+        axes.set_visible(axes.has_data())
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
