@@ -457,9 +457,7 @@ def main(argv=None):
     if not args.continual and any(word.startswith("-") for word in words):
         raise common.UserError(f"unknown argument in {' '.join(words)}: see --help")
     if min(args.ipc, args.runs, args.steps, args.orders) < 1 or min(args.epochs) < 0:
-        raise common.UserError(
-            "--ipc, --runs, --steps, --orders: use 1 or more; --epochs: 0 or more"
-        )
+        raise common.UserError("--ipc, --runs, --steps, --orders: 1 or more; --epochs: 0 or more")
     if not (words or args.coreset or args.continual or args.table):
         raise common.UserError("nothing to do: give files, --coreset, --continual or --table")
     others = args.export or args.corruption or args.coreset or any(args.network) or args.epochs[1:]
