@@ -30,7 +30,8 @@ def draw_accuracies(panels, rows):
     scores = {}
     for row in rows:
         settings = row.get("settings", {})
-        method = " ".join([row["method"], settings.get("objective", settings.get("mode", ""))])
+        kinds = [settings.get(name) for name in ("mode", "objective", "scoring")]
+        method = " ".join([row["method"], *filter(None, kinds)])
         name = f"{method}, {row['dataset']}, {row['per_class']} per class, {row['network']}"
         if row.get("evaluations"):
             panels[0].plot(*zip(*row["evaluations"], strict=True), label=f"{name}, one network")

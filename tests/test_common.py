@@ -328,13 +328,8 @@ def test_train(regression, data):
     def mix(images, labels, *key):  # negatives, each labelled as the next class
         return -images, labels.roll(1, 1)
 
-    settings = {
-        "mix": mix,
-        "batch": 15,
-        "epochs": 3,
-        "weight_decay": 0.05,
-        "regression": regression,
-    }
+    settings = {"mix": mix, "batch": 15, "epochs": 3, "weight_decay": 0.05}
+    settings["regression"] = regression
     if regression:
         settings["optimizer"] = torch.optim.AdamW
     settings["network"] = lambda *shape: common.ConvNet(*shape, width=8).double()
