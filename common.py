@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
+from torchvision.transforms import Compose
 from torchvision.transforms.functional import pil_to_tensor
 
 # ------------------------------------------------------------ settings and command line
@@ -43,7 +44,7 @@ class UserError(Exception):
 
 
 def arg(default, text):
-    """A setting with its help text. Integers start at 1, or at 0 if the text has "0:"."""
+    """A setting with its help text. An int must be 1 or more, or 0 if the text explains "0:"."""
     return field(default=default, metadata={"help": text})
 
 
@@ -64,6 +65,7 @@ class Args:
     eval_every: int = arg(0, "score one network every so many iterations; 0: at the end only")
 
     whitening = "zca"  # the kind of Preprocess
+    budget = "ipc"  # the setting that holds images, or bases, per class
 
     @property
     def method(self):
@@ -73,7 +75,7 @@ class Args:
     @property
     def per_class(self):
         """Images per class; bases in HaBa."""
-        return self.bpc if hasattr(self, "bpc") else self.ipc
+        return getattr(self, self.budget)
 
 
 def parse_args(cls, presets, argv=None):
@@ -159,12 +161,12 @@ def is_bfloat16(device):
 
 
 def autocast(device):
-    """A context: bfloat16 on CPUs with AVX-512 BF16 (1.9 times as fast), float32 elsewhere."""
+    """A context: bfloat16 on CPUs with AVX-512 BF16, float32 elsewhere."""
     return torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16(device))
 
 
 def keep_memory():
-    """Let malloc keep freed memory: page faults would take a fifth of a step on a CPU."""
+    """Let malloc keep freed memory: fewer page faults make a step on a CPU faster."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(-4, 0)  # M_MMAP_MAX = 0: no mmapped blocks, which free() would unmap
@@ -210,7 +212,7 @@ class Dataset:
         return (self.indices_by_class >= 0).sum(1).min().item()
 
     def sample(self, per_class, *key):
-        """Different training images, class after class -> images (C * per_class, ...), labels."""
+        """Sample without replacement, class after class -> images (C * per_class, ...), labels."""
         n = self.smallest_class
         if per_class > n:
             raise UserError(f"the smallest class of {self.name} has {n} images, not {per_class}")
@@ -247,7 +249,7 @@ def load_dataset(args, name=None, kind=None):
     kind = kind or (args.whitening if args.zca else "standardize")
     preprocess = Preprocess.fit(name, train, train_labels, kind, args.data_dir)
     train, test = preprocess(train), preprocess(test)
-    keep_memory()  # from here on; the memory of reading and whitening goes back
+    keep_memory()  # only now, so that the system gets the memory of reading and whitening back
     return Dataset(name, classes, train, train_labels, test, test_labels, preprocess)
 
 
@@ -289,14 +291,11 @@ def open_splits(name, data_dir):
 
 def decode_images(splits, size):
     """Decode, crop and resize if size > 0 -> [train pixels, labels, test pixels, labels]."""
+    fit = [partial(ImageOps.fit, size=(size, size))] if size else []
     arrays = []
     for split in splits:
-        pixels = []
-        labels = []
-        for image, label in split:
-            image = ImageOps.fit(image, (size, size)) if size else image
-            pixels.append(pil_to_tensor(image))
-            labels.append(label)
+        split.transform = Compose([*fit, pil_to_tensor])
+        pixels, labels = zip(*split, strict=True)
         if len({image.shape for image in pixels}) > 1:
             raise ValueError("its images differ in size: add --size 32 (or 64, 128)")
         arrays += [torch.stack(pixels), torch.tensor(labels)]
@@ -338,7 +337,7 @@ class Preprocess:
     """
 
     kind: str
-    fingerprint: str  # kind and hash of the training set; files fit together only if it is equal
+    fingerprint: str  # kind and hash of the training set; must match between files
     mean: torch.Tensor  # (c, 1, 1), or with ZCA the mean image
     std: torch.Tensor  # (c, 1, 1)
     whiten: torch.Tensor = None  # W (d, d)
@@ -474,7 +473,7 @@ def warp(images, a, b, c, d, x=0, y=0, padding="zeros"):
 
 
 class AvgPool(nn.Module):
-    """2x2 average pool. On a CPU, two additions are four times as fast as nn.AvgPool2d."""
+    """2x2 average pool; on a CPU by two additions, faster than nn.AvgPool2d."""
 
     def forward(self, x):
         if x.is_cuda:
@@ -486,7 +485,7 @@ class AvgPool(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """The field's ConvNet: blocks of conv 3x3, instance norm, ReLU, 2x2 average pool; then linear.
+    """The field's ConvNet: blocks of conv 3x3, instance norm, ReLU, average pool; then linear.
 
     Depth 3 for 28 and 32 pixels, 4 for 64, 5 for 128; 320,010 parameters for 3x32x32, 10 classes.
     norm=False, double=True: FRePo's, without a norm and of widths 128, 256, 512.
@@ -518,7 +517,7 @@ class ConvNet(nn.Module):
         return self
 
     def features(self, images):
-        """Inputs of the linear layer (n, d). On a CPU 32 images at a time: 2.5 times as fast."""
+        """Inputs of the linear layer (n, d). On a CPU 32 images at a time, which is faster."""
         chunk = len(images) if images.is_cuda else 2**15 // images[0, 0].numel() or 1
         return torch.cat([self.blocks(x).flatten(1) for x in images.split(chunk)])
 
@@ -612,9 +611,9 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
     """Unroll a student, compare it with an expert, differentiate (HaBa Eq. 7, survey Eq. 30).
 
     start, target: expert parameters (P,) at epochs t and t + M. batch(n) -> images, labels of step
-    n. Only the last `kept` steps keep their graphs; the others are recomputed going back, which
-    bounds memory. Default: as many steps as hold 550 images of 32x32 (GPU: 5,000), minus two.
-    -> loss, gradient of step_size (0-d). Accumulates gradients in the leaves that batch(n) uses.
+    n; gradients accumulate in its leaves. The last `kept` steps keep their graphs, those of the
+    others are rebuilt going back. Default: 550 images of 32x32 (GPU: 5,000) less two steps.
+    -> loss, gradient of step_size (0-d).
     """
     lr = step_size.detach()
     student = start
@@ -736,7 +735,8 @@ def train_epoch(net, optimizer, data, images, labels, protocol, *key):
     criterion = half_square if protocol.regression else F.cross_entropy
     batches = zip(order.split(protocol.batch), variants.split(protocol.batch), strict=True)
     for step, (i, v) in enumerate(batches):
-        inputs, targets = protocol.augment(images[v, i], data.flip, *key, step), labels[i]
+        inputs = protocol.augment(images[v, i], data.flip, *key, step)
+        targets = labels[i]
         if protocol.mix:
             inputs, targets = protocol.mix(inputs, targets, *key, step)
         with autocast(data.device):
@@ -783,7 +783,8 @@ def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
 def score(data, distilled, images, labels, protocol, args):
     """Score a distilled set and random real images of the same storage -> row of results.jsonl.
 
-    The random real images are scored by DM's protocol, for FRePo and the translator by their own.
+    The random real images are scored by DM's protocol (1000 epochs, or --epochs), for FRePo and the
+    translator by their own.
     """
     baseline = protocol if protocol.regression else Protocol(protocol.network)
     real_per_class = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
@@ -839,7 +840,7 @@ def save(content, path):
     """Write `path` atomically: bytes as they are, anything else by torch.save."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     if isinstance(content, bytes):
         temporary.write_bytes(content)
     else:
@@ -868,10 +869,9 @@ def output_path(args, kind=""):
     """Make the folder args.out -> path of the distilled file, e.g. out/dm_cifar10_ipc10.pt."""
     folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    budget = "bpc" if hasattr(args, "bpc") else "ipc"
     suffix = f"_seed{args.seed}" if args.seed else ""
     dataset = pathlib.Path(args.dataset).name
-    return folder / f"{args.method}{kind}_{dataset}_{budget}{args.per_class}{suffix}.pt"
+    return folder / f"{args.method}{kind}_{dataset}_{args.budget}{args.per_class}{suffix}.pt"
 
 
 def save_distilled(path, data, args, tensors, run, step_size=None):
@@ -904,7 +904,7 @@ def save_distilled(path, data, args, tensors, run, step_size=None):
 
 
 def save_grid(path, data, images, columns):
-    """A PNG of images (n, c, h, w), `columns` in a row; whitening is undone."""
+    """Write images (n, c, h, w) as a PNG, `columns` in a row; whitening is undone."""
     pixels = data.preprocess.undo(images.detach()).clamp(0, 1)
     pixels = F.interpolate(pixels, scale_factor=max(1, 64 // data.shape[-1]))
     buffer = io.BytesIO()
@@ -952,7 +952,8 @@ class Run:
         self.state = state
         self.evaluate = evaluate
         settings = asdict(args) | {"data": data.preprocess.fingerprint}
-        for name in ("data_dir", "device", "out", "iterations", "runs", "epochs", "scoring"):
+        free = "data_dir device out iterations runs epochs eval_every scoring pretrain_steps"
+        for name in free.split():
             settings.pop(name, None)
         if inputs is not None:
             settings["experts or inputs"] = hashlib.sha256(inputs.cpu().numpy()).hexdigest()
@@ -961,8 +962,8 @@ class Run:
         if self.path.exists():
             try:
                 self.restore(load(self.path, "a checkpoint"))
-            except (KeyError, TypeError, ValueError, RuntimeError):
-                raise UserError(f"{self.path} is not from this script: remove it") from None
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"move {self.path} away, it cannot be restored: {error}") from None
 
         self.start = self.record["done"]
         self.progress = Progress(args.iterations, "iterations", self.start)

@@ -2,7 +2,6 @@
 
     python evaluate.py out/dm_cifar10_ipc10.pt --network convnet resnet18 vgg11 --epochs 300 1000
     python evaluate.py --coreset random herding k-center forgetting whole --dataset cifar10 --ipc 10
-    python evaluate.py --continual dm --dataset cifar100 --ipc 20 --iterations 1000
 
 Scores are lines of OUT/results.jsonl, each with that of random real images of the same storage. The
 training protocol is the method's, with the network of --network. For other code: training_set().
@@ -283,8 +282,7 @@ def continual(args, flags):
     are numpy's, seeds 0, 1, ... `flags` are the method's. Repeating the command resumes.
     """
     method = importlib.import_module(args.continual)
-    budget = "bpc" if hasattr(method.Args, "bpc") else "ipc"
-    given = {budget: args.ipc, "data-dir": args.data_dir, "epochs": args.epochs[0]}
+    given = {method.Args.budget: args.ipc, "data-dir": args.data_dir, "epochs": args.epochs[0]}
     given |= {name: vars(args)[name] for name in ("dataset", "size", "seed", "device", "runs")}
     flags = [f"--{name}={value}" for name, value in given.items() if value != ""] + flags
     options = common.parse_args(method.Args, method.PRESETS, flags)
@@ -329,7 +327,7 @@ def restrict(data, classes):
 
 
 def join(parts, method, device):
-    """Distilled files of several steps as one -> arguments of common.score from the second on.
+    """Join the distilled sets of several steps -> distilled, images, labels, protocol.
 
     Labels become soft, (n, classes so far), with their lowest entry for the classes of other steps.
     """
@@ -349,8 +347,8 @@ def join(parts, method, device):
 
 # ------------------------------------------------------------ table, pictures, command line
 
-MODES = {"adapted": "", "one-net": "-1net", "scratch": "-wo-pretrain", "autoencoder": "-ae"}
-MODES |= {"no-adaptation": "-wo-ada", "bilevel": "-bilevel", "baseline": "-baseline"}
+SUFFIXES = {"adapted": "", "one-net": "-1net", "scratch": "-wo-pretrain", "autoencoder": "-ae"}
+SUFFIXES |= {"no-adaptation": "-wo-ada", "bilevel": "-bilevel", "baseline": "-baseline"}
 
 
 def print_table(args):
@@ -380,7 +378,7 @@ def paper_number(row, targets):
     """The paper's accuracies for a row; HaBa's are found by bases, the translator's by mode."""
     settings = row.get("settings", {})
     method = row["method"].replace("k-center", "kcenter").removesuffix("_fewshot")
-    method += MODES[settings.get("mode", "adapted")] + "-ds" * settings.get("down_sample", False)
+    method += SUFFIXES[settings.get("mode", "adapted")] + "-ds" * settings.get("down_sample", False)
     method += settings.get("objective", "mtt").removeprefix("mtt")  # others are not in the file
     prefix = "frepo-" * method.startswith("translator")  # its network is named with and without
     ours = (method, row["dataset"], row["per_class"], row["network"].removeprefix(prefix))
@@ -425,6 +423,8 @@ def jobs(paths, args):
         raise common.UserError(f"{name} is not for images of {data.shape}: try convnet, resnet18")
     for one, name, epochs in itertools.product(sets, args.network, args.epochs):
         data, distilled, images, labels, protocol = one
+        if name or epochs:  # the evaluations are of the file's own network and epochs
+            distilled = distilled | {"evaluations": []}
         if name:
             protocol = replace(protocol, network=functools.partial(build_network, name))
         options = vars(args) | {"epochs": epochs or distilled["settings"]["epochs"]}

@@ -19,8 +19,8 @@ Measured: 41.7 +- 0.4 % with --iterations 1000 --lr 0.01 --batch-real 512.
 Beyond Eq. 17, as in the authors' code: lambda is in units of trace(K_ss) / n, mirror images join
 X_s, and a hinge on the margin of y_s is added to L.
 
-Not as in the authors' JAX code: torch's initialization (theirs: LeCun's), a mean over real images
-in L. As there, networks of the pool have batch norm and those of the score have none.
+Unlike the authors' JAX code: torch's initialization (theirs: LeCun's), a mean over real images in
+L. As in their code: batch norm in the pool's networks, no norm in those of the score.
 """
 
 import math

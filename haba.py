@@ -14,8 +14,7 @@ L_DD matches training trajectories (Eq. 7, see mtt.py), or is DM's or DC's objec
     python haba.py --dataset cifar10 --bpc 9        # the paper: 69.9 +- 0.4 %
 
 Measured: 44.1 +- 0.7 % with --bpc 1 --experts 8 --expert-epochs 1 --step-size 0.005
---lr-hallucinators 1 --iterations 150 (the paper: 48.3). With eta_H = 100, weights of hallucinators
-reach 58 within 15 iterations. Unlike the authors' code, this one does not standardize batches.
+--lr-hallucinators 1 --iterations 150 (the paper: 48.3). Batches are not standardized (theirs are).
 """
 
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from common import arg
 
 @dataclass
 class Args(common.Args):
+    budget = "bpc"
     bpc: int = arg(1, "bases per class, |B| / C")
     objective: Literal["mtt", "dm", "dc"] = arg("mtt", "L_DD: MTT's, DM's or DC's (Tab. 2)")
     iterations: int = arg(15000, "iterations of the distillation; 0: train the experts only")
@@ -87,8 +87,7 @@ PRESETS = {
         ("glyphs", 1): DC | SHORT,
     },
 }
-for bpc in (1, 10, 50):
-    PRESETS["mtt"]["svhn", bpc] = PRESETS["mtt"]["cifar10", bpc]
+PRESETS["mtt"] |= {("svhn", bpc): PRESETS["mtt"]["cifar10", bpc] for bpc in (1, 10, 50)}
 
 
 class Hallucinator(nn.Module):
@@ -207,7 +206,7 @@ def distill(data, args, path):
     run = common.Run(path, data, args, state, evaluate, experts)
     use_adversary = args.hallucinators > 1 and args.weight_cos > 0
     for it in range(run.start, args.iterations):
-        # Zeros, not None: factors that are not drawn still move by momentum (Alg. 1: not at all)
+        # Zeros, never None: factors that are not drawn move by momentum (Alg. 1: not at all)
         for p in factors.parameters():
             p.grad = torch.zeros_like(p)
 
@@ -227,7 +226,7 @@ def distill(data, args, path):
             features = adversary.features(images)
             cosine = F.cosine_similarity(*features.chunk(2)).mean() / 2
             weight = args.weight_cos
-            if not mtt:  # relative, as DM's gradient is 1e5 times that of L_cos
+            if not mtt:  # relative, as DM's gradient is far larger than that of L_cos
                 (gradient,) = torch.autograd.grad(cosine, factors.bases, retain_graph=True)
                 weight = weight * factors.bases.grad.norm() / gradient.norm()
             (weight * cosine).backward(inputs=list(factors.parameters()))
@@ -323,7 +322,8 @@ def gradient_distance(net, real, ours, c):
 @torch.no_grad()
 def decode(distilled, device="cpu"):
     """All hallucinated images of a distilled file (|H|, n, c, h, w) and the labels (n,)."""
-    args, classes = Args(**distilled["settings"]), len(distilled["classes"])
+    args = Args(**distilled["settings"])
+    classes = len(distilled["classes"])
     factors = FactorizedSet(distilled["bases"], distilled["shape"], classes, args).to(device)
     for name, parameter in factors.named_parameters():
         parameter.copy_(distilled[name])

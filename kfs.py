@@ -68,7 +68,8 @@ class Decoders(nn.Module):
     def __init__(self, count, args, shape, mean, std):
         super().__init__()
         _, _, widths = layout(args, shape)
-        self.count, self.shape = count, tuple(shape)
+        self.count = count
+        self.shape = tuple(shape)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.layers = nn.Sequential()
@@ -88,9 +89,9 @@ class Decoders(nn.Module):
 def layout(args, shape):
     """Shape of a code, number of codes M, and widths of the decoders.
 
-    Tables 6 and 9 are missing from our copy of the paper. Its text prints 16 codes of 12x4x4 and 8
-    decoders of widths 12, 9, 6, 3 (Low-R) for one image of 3x32x32, and the same codes for ten
-    (30,720 numbers are 160 of them). The preset for ten has 12x8x8 and 12, 6, 3 instead (High-R).
+    Tables 6 and 9 (shapes) are missing from our copy of the paper. Its text has, for 3x32x32, codes
+    of 12x4x4 and 8 decoders of widths 12, 9, 6, 3 (Low-R): 16 codes per class at one image, 160 at
+    ten. The preset for ten takes High-R instead: 40 codes of 12x8x8, widths 12, 6, 3.
     """
     c, h, w = shape
     cell = 4 if args.high_res else 8
@@ -128,7 +129,7 @@ def start_factors(data, args, fixed=None):
         progress.step()
 
     with torch.no_grad():
-        images, _ = data.sample(min(count, data.smallest_class), args.seed, "codes")
+        images, _ = data.sample(args.codes or min(count, data.smallest_class), args.seed, "codes")
         codes = encoder(F.pad(images, border, mode="replicate"))
         codes = codes.unflatten(0, (len(data.classes), -1))
         if fixed:

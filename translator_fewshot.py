@@ -220,11 +220,11 @@ def reconstruction_loss(translator, data, args, i):
     return F.mse_loss(translator(images), images)
 
 
-def bilevel_loss(theta, net, data, args, i, alpha=2.0):
+def bilevel_loss(theta, net, data, args, i, alpha=0.002):
     """Compute Alg. 1, lines 3 to 12: T steps in theta, then Eq. 2 in a random network.
 
     One graph holds all steps, so memory grows with T, as in the paper. Table 1's alpha, 1e-3 on a
-    sum over m images, is 0.002 m on half the mean: 2 for m = 1,024, 100 for all 50,000 (line 4).
+    sum over m images, is 0.002 m on half the mean. Here m = batch_real (line 4: all images).
     """
     key = (args.seed, "space", i)
     images, labels = start_synthetic(data, args, *key, "start")  # line 3
@@ -236,8 +236,8 @@ def bilevel_loss(theta, net, data, args, i, alpha=2.0):
         loss = common.half_square(target @ w, target_labels)
         inputs = (images, labels)
         grad_images, grad_labels = torch.autograd.grad(loss, inputs, create_graph=True)
-        images = images - alpha * grad_images  # line 7
-        labels = labels - alpha * grad_labels  # line 8
+        images = images - alpha * len(real) * grad_images  # line 7
+        labels = labels - alpha * len(real) * grad_labels  # line 8
     return random_network_loss(net, images, labels, data, args, *key)
 
 

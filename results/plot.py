@@ -32,7 +32,8 @@ def draw_accuracies(panels, rows):
         settings = row.get("settings", {})
         kinds = [settings.get(name) for name in ("mode", "objective", "scoring")]
         method = " ".join([row["method"], *filter(None, kinds)])
-        name = f"{method}, {row['dataset']}, {row['per_class']} per class, {row['network']}"
+        name = f"{method}, {row['dataset']}, {row['per_class']} per class, "
+        name += f"{row['network']}, {row['epochs']} epochs"
         if row.get("evaluations"):
             panels[0].plot(*zip(*row["evaluations"], strict=True), label=f"{name}, one network")
         if row.get("kind") == "corruption":

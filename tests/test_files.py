@@ -93,7 +93,7 @@ def test_interrupt_and_continue(data, tmp_path):
     first, last = rows[0].split(","), rows[-1].split(",")
     assert header == "iteration,loss,seconds" and (first[0], last[0]) == ("1", "6")
     assert 0 < float(last[1]) < float(first[1]) and 0 <= float(last[2]) < 60
-    _, done, longer = distill(tmp_path / "b", data, iterations=9, eval_every=2)
+    _, done, longer = distill(tmp_path / "b", data, iterations=9)  # without eval_every
     assert done == [6, 7, 8]
     assert torch.equal(longer, distill(tmp_path / "c", data, iterations=9, eval_every=2)[2])
     with pytest.raises(common.UserError, match="iterations"):

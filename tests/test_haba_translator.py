@@ -216,7 +216,7 @@ def test_bilevel_loss(flip, data, monkeypatch):
     data.flip, args, key = flip, tf.Args(inner_steps=3, batch_real=10), (0, "space", 5)
     net, outer = tf.build_network(data), tf.build_network(data)
     params = list(net.blocks.requires_grad_(True).parameters())
-    ours = tf.bilevel_loss(net, outer, data, args, 5, alpha=0.5)
+    ours = tf.bilevel_loss(net, outer, data, args, 5, alpha=0.05)
     gradients = torch.autograd.grad(ours, params)
     x, y = tf.start_synthetic(data, args, *key, "start")
     real, numbers = data.batch(10, *key, "real")

@@ -164,6 +164,8 @@ def test_eq_1_and_2(setting, count, data):
     m, d, subsets = (3, 3, 3) if count else (16, 12, 1)  # 3 x 16 x 12 images pass one chunk
     args = kfs.Args(codes=m, decoders=d, pretrain=3, **{setting: count})
     net = common.ConvNet(data.shape, 3).requires_grad_(False)
+    data.train = data.train.repeat(2, 1, 1, 1)  # 24 images per class
+    data.train_labels = data.train_labels.repeat(2)
     codes, decoders = kfs.start_factors(data, args)
     leaves = [codes.requires_grad_(), *decoders.parameters()]
     target, eq_1, eq_2 = kfs.class_means(net, data, data.train, data.train_labels), 0, 0
