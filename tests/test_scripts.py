@@ -147,7 +147,7 @@ def test_run(method, finished, call):
     assert status == 0, err
     again, short = map(json.loads, open("out/results.jsonl"))
     assert (short["epochs"], short["best"], short["evaluations"]) == (1, None, [])
-    for key in ("accuracy", "random", "random_per_class", "network", "per_class", "best"):
+    for key in "accuracy random random_per_class network per_class iterations best".split():
         assert again[key] == row[key], key
 
 
