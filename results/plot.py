@@ -60,8 +60,8 @@ def main():
         axes.set_visible(axes.has_data())
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
-    figure.savefig(folder / "curves.png", dpi=100)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    figure.savefig(folder / "curves.png", dpi=100, bbox_inches="tight")
 
 
 if __name__ == "__main__":
