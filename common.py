@@ -943,17 +943,18 @@ class Run:
 
     If the checkpoint exists, it restores state ({name: tensor, module or optimizer}) in place; its
     settings and the hash of `inputs` (a tensor, e.g. the experts) must match, but `iterations` may
-    be larger. evaluate() -> accuracy in %, every args.eval_every iterations. Raises UserError.
+    be larger, unless the rate depends on them (extend=False). evaluate() -> accuracy in %, every
+    args.eval_every iterations. Raises UserError.
     """
 
-    def __init__(self, path, data, args, state, evaluate=None, inputs=None):
+    def __init__(self, path, data, args, state, evaluate=None, inputs=None, extend=True):
         self.path = path.with_suffix(".ckpt")
         self.args = args
         self.state = state
         self.evaluate = evaluate
         settings = asdict(args) | {"data": data.preprocess.fingerprint}
-        free = "data_dir device out iterations runs epochs eval_every scoring pretrain_steps"
-        for name in free.split():
+        free = "data_dir device out runs epochs eval_every scoring pretrain_steps"
+        for name in free.split() + ["iterations"] * extend:
             settings.pop(name, None)
         if inputs is not None:
             settings["experts or inputs"] = hashlib.sha256(inputs.cpu().numpy()).hexdigest()

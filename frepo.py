@@ -125,7 +125,7 @@ def distill(data, args, path):
     # views: they follow the in-place updates
     distilled_set = (images.detach()[None], labels.detach(), protocol(None, len(images)))
     evaluate = partial(common.train_and_test, data, *distilled_set, args)
-    run = common.Run(path, data, args, state, evaluate)
+    run = common.Run(path, data, args, state, evaluate, extend=False)
     for it in range(run.start, args.iterations):
         key = (args.seed, it)
         k = common.hash_int(*key, "network") % args.pool

@@ -153,7 +153,7 @@ def distill_in_one_network(theta, data, args, path):
     optimizer = torch.optim.Adam([images, labels], lr=args.lr)
     state = {"images": images, "labels": labels, "optimizer": optimizer}
 
-    run = common.Run(path, data, args, state)
+    run = common.Run(path, data, args, state, extend=False)
     for t in range(run.start, args.iterations):
         if args.mode == "baseline":  # a new network and a real batch in each step
             loss = random_network_loss(theta, images, labels, data, args, args.seed, t)

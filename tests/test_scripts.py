@@ -169,10 +169,9 @@ def test_copied_alone(home, tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     env = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "haba.py", *command("haba", home), "--data-dir", "data"]
-    processes = []
-    for more in ("", "--seed 7 --experts 2 --iterations 0"):
-        processes.append(subprocess.Popen([*words, *more.split()], cwd=tmp_path, env=env))
-    assert [process.wait() for process in processes] == [0, 0]
+    start = functools.partial(subprocess.Popen, cwd=tmp_path, env=env)
+    running = [start([*words, *add.split()]) for add in ("", "--seed 7 --experts 2 --iterations 0")]
+    assert [process.wait() for process in running] == [0, 0]
     assert [path.name for path in (tmp_path / "out").glob("*.pt")] == ["haba_tiny_bpc1.pt"]
     assert len(list(tmp_path.glob("data/experts/*/seed7_expert00[01].pt"))) == 2
     shutil.copy(ROOT / "dm.py", tmp_path / "mine.py")  # its files have its name
@@ -271,7 +270,9 @@ def test_sigkill(home, call, tmp_path, monkeypatch):
 MISTAKES = """
 mtt --no-such-flag 1 > --no-such-flag
 frepo --iteration 3 > --iterations
-frepo --iterations 2 > frepo_tiny_ipc1.ckpt iterations --out
+dm --iterations 2 > dm_tiny_ipc1.ckpt 3 iterations --out
+frepo --iterations 4 > frepo_tiny_ipc1.ckpt differs in iterations --out
+translator_fewshot --iterations 4 > _tiny_ipc1.ckpt differs in iterations --out
 dm --lr 2 > dm_tiny_ipc1.ckpt lr --out
 dm --out JUNK > dm_tiny_ipc1.ckpt broken
 dm --ipc 0 > --ipc 0
