@@ -18,7 +18,7 @@ target set in S' steps. The result trains a fresh network like FRePo's. --mode: 
 No code of the authors is known. Details that the paper omits follow, as it says, FRePo's PyTorch
 branch: no norm, torch's initialization, ridge 1e-6, mirror images, the hinge on labels, AdamW in
 scoring, Adam with a cosine to 10 % on images and labels. Our own choices: the loss is half a mean
-over real images (paper: a sum), in Alg. 2's theta over all of them, elsewhere over a batch; G has
+over real images (paper: a sum): all of them in theta (Alg. 2), elsewhere a batch; G has
 width 64, a last convolution, no down-sampling, Adam at constant rates, and works at half the side
 in Ours-DS; a subset has a uniformly drawn number of synthetic images and one DSA copy of each
 real image; loss and batch of the auto-encoder; mirror images for all budgets; number and rate of
