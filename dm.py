@@ -13,7 +13,7 @@ and all of S_c is used.)
     python dm.py                                   # glyphs, drawn here: minutes on a CPU
     python dm.py --dataset cifar10 --ipc 10        # the paper: 20,000 iterations, 48.9 +- 0.6 %
 
-Measured on CIFAR-10, --ipc 1: 27.3 +- 0.5 % with --iterations 150 (paper: 26.0 after 20,000).
+Measured on CIFAR-10, --ipc 1: 27.2 +- 0.5 % with --iterations 300 (paper: 26.0 after 20,000).
 """
 
 from dataclasses import dataclass

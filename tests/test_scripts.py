@@ -175,8 +175,7 @@ def test_copied_alone(home, tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("*.pt")] == ["haba_tiny_bpc1.pt"]
     assert len(list(tmp_path.glob("data/experts/*/seed7_expert00[01].pt"))) == 2
     shutil.copy(ROOT / "dm.py", tmp_path / "mine.py")  # its files have its name
-    words = [sys.executable, "mine.py", *command("dm", home)]
-    assert subprocess.call(words, cwd=tmp_path, env=env) == 0
+    assert start([sys.executable, "mine.py", *command("dm", home)]).wait() == 0
     assert load(tmp_path / "out/mine_tiny_ipc1.pt")["method"] == "mine"
 
 
@@ -346,6 +345,7 @@ def test_loss_not_finite(method, call):
 def test_stale_adaptation(call):
     """A translator adapted to other images is not taken for these."""
     assert call("translator_fewshot")[0] == 0
+    os.remove(distilled_path("translator_fewshot").replace(".pt", ".ckpt"))
     status, err = call("translator_fewshot", "--iterations", 5)
     assert status == 2 and "_adapted.ckpt differs in experts or inputs" in err.splitlines()[-1]
 
