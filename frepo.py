@@ -14,7 +14,7 @@ images and soft labels train a fresh network of this kind by squared error.
     python frepo.py                                # glyphs, drawn here: minutes on a CPU
     python frepo.py --dataset cifar10 --ipc 1      # the paper: 500,000 iterations, 46.8 +- 0.7 %
 
-Measured on CIFAR-10, --ipc 1: 41.7 +- 0.4 % with --iterations 1000 --lr 0.01 --batch-real 512.
+Measured on CIFAR-10, --ipc 1: 41.9 +- 0.3 % with --iterations 1000 --lr 0.01 --batch-real 512.
 
 Beyond Eq. 17, as in the authors' code: lambda is in units of trace(K_ss) / n, mirror images join
 X_s, and a hinge on the margin of y_s is added to L.
