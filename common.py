@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -601,10 +601,27 @@ def student_indices(count, batch, step, *key, device="cpu"):
     return torch.randperm(count, device=device)[step % steps * batch :][:batch]
 
 
-def student_gradient(net, params, images, labels, create_graph=False):
-    """Gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf."""
+def student_gradient(net, params, images, labels):
+    """Gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf.
+
+    It has a graph of its own if the images require a gradient.
+    """
     loss = F.cross_entropy(functional_call(net, unflatten(net, params), images), labels)
-    return torch.autograd.grad(loss, params, create_graph=create_graph)[0]
+    return torch.autograd.grad(loss, params, create_graph=images.requires_grad)[0]
+
+
+@lru_cache(1)
+def graphed_gradient(net, shape):
+    """student_gradient and its backward pass as two CUDA graphs, for images of `shape`.
+
+    A graph launches all kernels of a small student step at once: 6 times faster for 10 images, 1.9
+    times for 100. A call overwrites the result of the last one.
+    """
+    params = flatten(net).requires_grad_()
+    images = torch.zeros(shape, device=params.device).requires_grad_()
+    labels = torch.zeros(shape[0], dtype=torch.int64, device=params.device)
+    inputs = params, images, labels
+    return torch.cuda.make_graphed_callables(partial(student_gradient, net), inputs)
 
 
 def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
@@ -612,21 +629,25 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
 
     start, target: expert parameters (P,) at epochs t and t + M. batch(n) -> images, labels of step
     n; gradients accumulate in its leaves. The last `kept` steps keep their graphs, those of the
-    others are rebuilt going back. Default: 550 images of 32x32 (GPU: 5,000) less two steps.
+    others are rebuilt going back. Default: 550 images of 32x32 less two steps; on a GPU none.
     -> loss, gradient of step_size (0-d).
     """
     lr = step_size.detach()
     student = start
     tape = []
-    if kept is None:
-        pixels = 32 * 32 * (5000 if start.is_cuda else 550)
-        kept = pixels // batch(0)[0][:, 0].numel() - 2  # [:, 0]: pixels without channels
+    images, _ = batch(0)
+    if start.is_cuda:
+        kept, gradient_at = 0, graphed_gradient(net, images.shape)
+    else:
+        gradient_at = partial(student_gradient, net)
+        if kept is None:
+            kept = 550 * 32 * 32 // images[:, 0].numel() - 2  # [:, 0]: pixels without channels
     for n in range(steps):
         keep = n >= steps - kept
         with torch.set_grad_enabled(keep):
             images, labels = batch(n)
         params = student.detach().requires_grad_()
-        gradient = student_gradient(net, params, images, labels, create_graph=keep)
+        gradient = gradient_at(params, images, labels)
         tape.append((params, gradient if keep else None))
         student = student - lr * gradient.detach()
 
@@ -637,7 +658,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
     for n in reversed(range(steps)):
         params, gradient = tape.pop()
         if gradient is None:
-            gradient = student_gradient(net, params, *batch(n), create_graph=True)
+            gradient = gradient_at(params, *batch(n))
         step_size_grad -= gradient.detach() @ adjoint
         (-lr * (gradient @ adjoint)).backward()  # accumulates in batch's leaves and params.grad
         adjoint = adjoint + params.grad
