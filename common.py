@@ -134,7 +134,8 @@ def run(main):
         message = str(stop) or "stopped: repeat the command"
         status = 130
     except (UserError, argparse.ArgumentError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not no_memory:
             raise
         message = str(error).partition("\n")[0]
         status = 2
@@ -601,27 +602,30 @@ def student_indices(count, batch, step, *key, device="cpu"):
     return torch.randperm(count, device=device)[step % steps * batch :][:batch]
 
 
-def student_gradient(net, params, images, labels):
-    """Gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf.
-
-    It has a graph of its own if the images require a gradient.
-    """
+def student_gradient(net, params, images, labels, create_graph=True):
+    """Gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf."""
     loss = F.cross_entropy(functional_call(net, unflatten(net, params), images), labels)
-    return torch.autograd.grad(loss, params, create_graph=images.requires_grad)[0]
+    return torch.autograd.grad(loss, params, create_graph=create_graph)[0]
 
 
 @lru_cache(1)
 def graphed_gradient(net, shape):
     """student_gradient and its backward pass as two CUDA graphs, for images of `shape`.
 
-    A graph launches all kernels of a small student step at once: 6 times faster for 10 images, 1.9
-    times for 100. A call overwrites the result of the last one.
+    A graph launches the hundreds of kernels of a student step at once; one by one, a small step
+    waits for launches most of its time. A call overwrites the result of the last one.
     """
     params = flatten(net).requires_grad_()
     images = torch.zeros(shape, device=params.device).requires_grad_()
     labels = torch.zeros(shape[0], dtype=torch.int64, device=params.device)
     inputs = params, images, labels
-    return torch.cuda.make_graphed_callables(partial(student_gradient, net), inputs)
+    graphed = torch.cuda.make_graphed_callables(partial(student_gradient, net), inputs)
+
+    def gradient(params, images, labels, create_graph=True):
+        # A product, as autograd may keep the graph's memory as the .grad of a leaf
+        return graphed(params, images * 1, labels)
+
+    return gradient
 
 
 def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
@@ -629,8 +633,8 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
 
     start, target: expert parameters (P,) at epochs t and t + M. batch(n) -> images, labels of step
     n; gradients accumulate in its leaves. The last `kept` steps keep their graphs, those of the
-    others are rebuilt going back. Default: 550 images of 32x32 less two steps; on a GPU none.
-    -> loss, gradient of step_size (0-d).
+    others are rebuilt going back. Default: as many steps as 550 images of 32x32 fill, less two.
+    A GPU keeps none and replays CUDA graphs. -> loss, gradient of step_size (0-d).
     """
     lr = step_size.detach()
     student = start
@@ -647,13 +651,13 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=None):
         with torch.set_grad_enabled(keep):
             images, labels = batch(n)
         params = student.detach().requires_grad_()
-        gradient = gradient_at(params, images, labels)
+        gradient = gradient_at(params, images, labels, create_graph=keep)
         tape.append((params, gradient if keep else None))
         student = student - lr * gradient.detach()
 
     scale = (start - target).square().sum()
     loss = (student - target).square().sum() / scale
-    adjoint = 2 * (student - target) / scale  # dL / d student, from the last step to the first
+    adjoint = 2 * (student - target) / scale  # dL / d student, carried back step by step
     step_size_grad = torch.zeros_like(lr)
     for n in reversed(range(steps)):
         params, gradient = tape.pop()

@@ -19,8 +19,8 @@ Measured on CIFAR-10, --ipc 1: 41.9 +- 0.3 % with --iterations 1000 --lr 0.01 --
 Beyond Eq. 17, as in the authors' code: lambda is in units of trace(K_ss) / n, mirror images join
 X_s, and a hinge on the margin of y_s is added to L.
 
-Unlike the authors' JAX code: torch's initialization (theirs: LeCun's), a mean over real images in
-L. As in their code: batch norm in the pool's networks, no norm in those of the score.
+Unlike the authors' JAX code: torch's initialization (theirs: LeCun's). Unlike Eq. 17: a mean over
+real images in L. As in their code: batch norm in the pool's networks, no norm in the score's.
 """
 
 import math

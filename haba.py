@@ -14,7 +14,7 @@ L_DD matches training trajectories (Eq. 7, see mtt.py), or is DM's or DC's objec
     python haba.py --dataset cifar10 --bpc 9        # the paper: 69.9 +- 0.4 %
 
 Measured on CIFAR-10, --bpc 1: 47.0 +- 0.5 % (paper: 48.3) with --iterations 700 --experts 8
---expert-epochs 1 --step-size 0.005 --lr-hallucinators 1. The authors' code standardizes batches.
+--expert-epochs 1 --step-size 0.005 --lr-hallucinators 1.
 """
 
 from dataclasses import dataclass
@@ -43,13 +43,13 @@ class Args(common.Args):
     channels: int = arg(0, "c'': channels of the first block; 0: as the image, 8 from depth 2 on")
     basis_channels: int = arg(0, "c': channels of a basis; 0: as the image")
     basis_size: int = arg(0, "h', w': side of a basis; 0: as the image")
-    lr_bases: float = arg(100.0, "eta_B: learning rate of the bases")
-    lr_hallucinators: float = arg(100.0, "eta_H: learning rate of the hallucinators")
+    lr_bases: float = arg(100.0, "eta_B: bases' rate (SGD, momentum 0.95; dm, dc 0.5)")
+    lr_hallucinators: float = arg(100.0, "eta_H: hallucinators' rate (the same SGD)")
     weight_cos: float = arg(0.1, "lambda_cos (Eq. 6); dm, dc: times |grad L_DD| / |grad L_cos|")
     weight_con: float = arg(0.1, "lambda_con: weight of L_con (Eq. 4)")
     weight_task: float = arg(1.0, "lambda_task: weight of the cross-entropy of F (Eq. 4)")
     dsa: bool = arg(True, "augment hallucinated images by DSA (Tab. 6)")
-    batch: int = arg(0, "bases per student step, and in Eq. 4, 5; 0: all")
+    batch: int = arg(0, "bases per student step, Eq. 4, 5 (paper: 300); 0: all")
     experts: int = arg(100, "mtt: expert trajectories; missing ones are trained")
     student_steps: int = arg(30, "mtt: N, student steps per iteration")
     expert_epochs: int = arg(2, "mtt: M, expert epochs to match")
@@ -70,7 +70,7 @@ SHORT |= dict(expert_epochs=4, step_size=0.005, batch_real=64, net_epochs=5, run
 DM = dict(iterations=20000, lr_bases=1.0, lr_hallucinators=0.001)
 DC = dict(lr_bases=0.1, lr_hallucinators=0.001)
 PRESETS = {
-    "mtt": {  # the authors' settings; CIFAR-100: the paper's batch
+    "mtt": {  # the authors' settings; CIFAR-100: MTT's with ZCA and the paper's batch
         ("cifar10", 1): dict(zca=True, student_steps=50, max_start=2, lr_step=1e-7),
         ("cifar10", 10): dict(zca=True, step_size=0.001),
         ("cifar10", 50): dict(zca=True),
@@ -161,9 +161,9 @@ class FactorizedSet(nn.Module):
 
 
 def contrastive_loss(features, labels, temperature=0.07):
-    """L_con (Eq. 3) in the supervised form of the experiments: features (n, d), labels (n,).
+    """L_con (Eq. 3) of features (n, d), labels (n,). Positives: the class (Eq. 3: the basis).
 
-    Positives: all other images of the class (Eq. 3: of the basis). Normalized as in their code.
+    Features of length 1 and a mean over images, as in the authors' code (Eq. 3: neither).
     """
     x = F.normalize(features)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
@@ -250,7 +250,7 @@ def distill(data, args, path):
 
 
 def student_batch(factors, data, args, it, n):
-    """Images, labels of student step n: one hallucinator per step (paper: two per iteration)."""
+    """Images, labels of step n through one hallucinator, as in the authors' code (Alg. 1: two)."""
     key = (args.seed, it, "batch")
     index = common.student_indices(len(factors.bases), args.batch, n, *key, device=data.device)
     j = common.hash_int(*key, n, "hallucinator") % len(factors.hallucinators)
@@ -258,7 +258,7 @@ def student_batch(factors, data, args, it, n):
 
 
 def hallucinate_pair(factors, data, args, it):
-    """Bases through two drawn hallucinators, augmented -> images (2 b, ...), labels (2 b,)."""
+    """Bases through two hallucinators, with DSA as in the authors' code -> (2 b, ...), (2 b,)."""
     key = (args.seed, it, "pair")
     index = common.student_indices(len(factors.bases), args.batch, 0, *key, device=data.device)
     j = common.hash_int(*key, "j") % args.hallucinators

@@ -90,8 +90,8 @@ def layout(args, shape):
     """Shape of a code, number of codes M, and widths of the decoders.
 
     Tables 6 and 9 (shapes) are missing from our copy of the paper. Its text has, for 3x32x32, codes
-    of 12x4x4 and 8 decoders of widths 12, 9, 6, 3 (Low-R): 16 codes per class at one image, 160 at
-    ten. The preset for ten takes High-R instead: 40 codes of 12x8x8, widths 12, 6, 3.
+    of 12x4x4 and 8 decoders of widths 12, 9, 6, 3 (Low-R). One image has room for 16 codes, ten for
+    160 (printed: 16). The preset for ten takes High-R: 40 codes of 12x8x8, widths 12, 6, 3.
     """
     c, h, w = shape
     cell = 4 if args.high_res else 8
@@ -190,8 +190,8 @@ def distill(data, args, path):
 def match_distribution(net, target, codes, decoders, args, *key):
     """Compute Eq. 1 for real means (C, d) -> loss; add its gradient to codes and decoders.
 
-    A first pass without a graph gives the means, hence the gradient at each feature vector,
-    (mean - target) / (C M D); a second pass, 512 images at a time, backpropagates it to the images.
+    A first pass without a graph gives the means, hence the gradient at each feature vector, (mean -
+    target) / (C n) for n images per class; a second pass backpropagates it, 512 images at a time.
     """
     classes, m = codes.shape[:2]
     used_decoders = used_codes = slice(None)
