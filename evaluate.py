@@ -453,9 +453,9 @@ def main(argv=None):
     add("--export", metavar="DIR", help="write the images of a file as PNG")
     add("--table", action="store_true", help="print OUT/results.jsonl as Markdown")
     args, words = parser.parse_known_args(argv)  # words: files, or flags of the method
-
-    if not args.continual and any(word.startswith("-") for word in words):
-        raise common.UserError(f"unknown argument in {' '.join(words)}: see --help")
+    unknown = [word for word in words if word.startswith("-")]
+    if unknown and not args.continual:
+        raise common.UserError(f"unknown argument {unknown[0]}: see --help")
     if min(args.ipc, args.runs, args.steps, args.orders) < 1 or min(args.epochs) < 0:
         raise common.UserError("--ipc, --runs, --steps, --orders: 1 or more; --epochs: 0 or more")
     if not (words or args.coreset or args.continual or args.table):
