@@ -66,6 +66,7 @@ class Args:
 
     whitening = "zca"  # the kind of Preprocess
     budget = "ipc"  # the setting that holds images, or bases, per class
+    free = ()  # the method's own settings that may change when a run is resumed
 
     @property
     def method(self):
@@ -978,8 +979,8 @@ class Run:
         self.state = state
         self.evaluate = evaluate
         settings = asdict(args) | {"data": data.preprocess.fingerprint}
-        free = "data_dir device out runs epochs eval_every scoring pretrain_steps"
-        for name in free.split() + ["iterations"] * extend:
+        free = "data_dir", "device", "out", "runs", "epochs", "eval_every", *args.free
+        for name in free + ("iterations",) * extend:
             settings.pop(name, None)
         if inputs is not None:
             settings["experts or inputs"] = hashlib.sha256(inputs.cpu().numpy()).hexdigest()

@@ -33,6 +33,7 @@ from common import arg
 
 @dataclass
 class Args(common.Args):
+    free = ("scoring",)
     ipc: int = arg(1, "storage of the codes, in images per class; the decoders come on top")
     iterations: int = arg(20000, "iterations of the distillation")
     lr_codes: float = arg(0.1, "learning rate of the codes (Adam)")
@@ -182,9 +183,8 @@ def distill(data, args, path):
         schedule.step()
         run.step(it, loss)
 
-    tensors = {"codes": codes}
-    tensors |= {f"decoders.{name}": p for name, p in decoders.named_parameters()}
-    return common.save_distilled(path, data, args, tensors, run)
+    tensors = {f"decoders.{name}": p for name, p in decoders.named_parameters()}
+    return common.save_distilled(path, data, args, {"codes": codes} | tensors, run)
 
 
 def match_distribution(net, target, codes, decoders, args, *key):

@@ -71,6 +71,7 @@ class Args(common.Args):
     inner_steps: int = arg(16, "bi-level: T of Alg. 1")
 
     whitening = "zca-trace"
+    free = ("pretrain_steps",)
 
 
 PRESETS = {
