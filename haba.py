@@ -14,7 +14,7 @@ L_DD matches training trajectories (Eq. 7, see mtt.py), or is DM's or DC's objec
     python haba.py --dataset cifar10 --bpc 9        # the paper: 69.9 +- 0.4 %
 
 Measured on CIFAR-10, --bpc 1: 47.0 +- 0.5 % (paper: 48.3) with --iterations 700 --experts 8
---expert-epochs 1 --step-size 0.005 --lr-hallucinators 1.
+--expert-epochs 1 --step-size 0.005 --lr-hallucinators 1. Their code also standardizes each batch.
 """
 
 from dataclasses import dataclass

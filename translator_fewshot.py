@@ -21,7 +21,8 @@ scoring, Adam with a cosine to 10 % on images and labels. Our own choices:
 
 - The loss is half a mean over real images (paper: a sum), of all in theta, elsewhere of a batch.
 - G has width 64 and a last convolution, no down-sampling; in Ours-DS it works at half the side.
-- G is trained by Adam at constant rates; the auto-encoder by 128 images a step.
+- Mirror images for all budgets.
+- G is trained by Adam at constant rates; the auto-encoder by squared error, 128 images a step.
 - A subset has a uniformly drawn number of synthetic images, and a DSA copy of each real image.
 - Alg. 1: number and rate of steps; the inner ones are gradient descent without the hinge.
 
