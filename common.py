@@ -62,7 +62,7 @@ class Args:
     iterations: int = arg(1000, "iterations of the distillation; 0: none")
     runs: int = arg(5, "networks trained for the score")
     epochs: int = arg(0, "training epochs of each of these networks; 0: the protocol's")
-    eval_every: int = arg(0, "score one network every so many iterations; 0: at the end only")
+    eval_every: int = arg(0, "score two networks every so many iterations; 0: at the end only")
 
     whitening = "zca"  # the kind of Preprocess
     budget = "ipc"  # the setting that holds images, or bases, per class
@@ -969,8 +969,8 @@ class Run:
 
     If the checkpoint exists, it restores state ({name: tensor, module or optimizer}) in place; its
     settings and the hash of `inputs` (a tensor, e.g. the experts) must match, but `iterations` may
-    be larger, unless the rate depends on them (extend=False). evaluate() -> accuracy in %, every
-    args.eval_every iterations. Raises UserError.
+    be larger, unless the rate depends on them (extend=False). evaluate(k) -> accuracy of network
+    k in %; the mean of two is recorded every args.eval_every iterations. Raises UserError.
     """
 
     def __init__(self, path, data, args, state, evaluate=None, inputs=None, extend=True):
@@ -1026,7 +1026,9 @@ class Run:
         done = self.record["done"] = it + 1
         self.progress.step(loss)
         if self.evaluate and self.args.eval_every and done % self.args.eval_every == 0:
-            self.record["evaluations"].append((done, round(self.evaluate(), 2)))
+            # two networks, as a curve of one network misleads
+            mean = (self.evaluate(k=0) + self.evaluate(k=1)) / 2
+            self.record["evaluations"].append((done, round(mean, 2)))
         last = done == self.args.iterations
         if last or done % math.ceil(self.args.iterations / 100) == 0:
             self.record["losses"] += f"{done},{loss.item()},{time.time() - self.began:.1f}\n"

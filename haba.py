@@ -197,9 +197,9 @@ def distill(data, args, path):
     adversary_optimizer = torch.optim.SGD(adversary.parameters(), lr=0.001, momentum=0.9)
     alpha = step_size if mtt else None
 
-    def evaluate():
+    def evaluate(k):
         rest = (factors.labels, protocol(vars(args)), args, alpha)
-        return common.train_and_test(data, factors.all_images().detach(), *rest)
+        return common.train_and_test(data, factors.all_images().detach(), *rest, k)
 
     state = {"factors": factors, "adversary": adversary, "net": net, "step_size": step_size}
     state |= {"optimizer": optimizer, "adversary_optimizer": adversary_optimizer}

@@ -163,8 +163,9 @@ def distill(data, args, path):
     if not fixed:  # those of the file are never taken from a checkpoint
         state["decoders"] = decoders
 
-    def evaluate():
-        return common.train_and_test(data, *images_of(codes, decoders), protocol(vars(args)), args)
+    def evaluate(k):
+        rest = (protocol(vars(args)), args)
+        return common.train_and_test(data, *images_of(codes, decoders), *rest, k=k)
 
     run = common.Run(path, data, args, state, evaluate)
     for it in range(run.start, args.iterations):

@@ -67,7 +67,7 @@ def distill(folder, data, event=lambda *_: None, iterations=6, experts=None, **s
     images, module = torch.randn(4, 3).requires_grad_(), nn.Linear(3, 2)
     optimizer = torch.optim.SGD([images, *module.parameters()], lr=0.1, momentum=0.9)
     state = {"images": images, "module": module, "optimizer": optimizer}
-    run = common.Run(folder / "toy.pt", data, args, state, lambda: images.sum().item(), experts)
+    run = common.Run(folder / "toy.pt", data, args, state, lambda k: images.sum().item(), experts)
     for it in range(run.start, iterations):
         common.seed(it)
         loss = module(images + torch.randn(4, 3)).square().mean()
