@@ -16,7 +16,7 @@ and all of S_c is used.)
 Measured on CIFAR-10, --ipc 1: 27.2 +- 0.5 % with --iterations 300 (paper: 26.0 after 20,000).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -37,29 +37,31 @@ PRESETS = {
     ("cifar10", 1): {},
     ("cifar10", 50): {},
     ("cifar10", 100): {"lr": 10.0},
-    ("cifar100", 1): {},  # the authors keep lr 1 for all its budgets
+    # the authors keep lr 1 for all its budgets
+    ("cifar100", 1): {},
     ("glyphs", 1): {"iterations": 300, "batch_real": 32, "runs": 3, "epochs": 300},
 }
 
 
 def distill(data, args, path):
     """Distill `data` into args.ipc images per class -> content of the distilled file `path`."""
+    args = replace(args, batch_real=data.at_most(args.batch_real))
+    run = common.Run(path, data, args)
     classes = len(data.classes)
     net = common.ConvNet(data.shape, classes).to(data.device).requires_grad_(False)
     # synthetic images start as real ones
     images, labels = data.sample(args.ipc, args.seed, "start")
     images.requires_grad_()
     optimizer = torch.optim.SGD([images], lr=args.lr, momentum=0.5)
-    batch_real = min(args.batch_real, data.smallest_class)
 
     state = {"images": images, "optimizer": optimizer}
-    distilled_set = (images.detach()[None], labels, protocol())  # a view: it follows images
-    evaluate = partial(common.train_and_test, data, *distilled_set, args)
-    run = common.Run(path, data, args, state, evaluate)
-    for it in range(run.start, args.iterations):
+    # a view: it follows images
+    distilled_set = (images.detach()[None], labels, protocol(args))
+    run.restore(state, partial(common.train_and_test, data, *distilled_set, args))
+    for it in common.progress(range(run.start, args.iterations), "iterations"):
         key = (args.seed, it)
         net.reset(*key)
-        real, _ = data.sample(batch_real, *key, "real")
+        real, _ = data.sample(args.batch_real, *key, "real")
         target = class_means(common.frozen_features(net, augment(real, data, *key)), classes)
         features = net.features(augment(images, data, *key))
         loss = (class_means(features, classes) - target).square().sum()
@@ -89,7 +91,7 @@ def decode(distilled, device="cpu"):
     return distilled["images"].to(device)[None], distilled["labels"].to(device)
 
 
-def protocol(settings=None, count=None):
+def protocol(args):
     """The training protocol of DM's authors."""
     return common.Protocol()
 
@@ -97,12 +99,12 @@ def protocol(settings=None, count=None):
 def main():
     args = common.parse_args(Args, PRESETS)
     path = common.output_path(args)
-    data = common.load_dataset(args)
+    data = common.load_dataset(args, common.setup(args))
     distilled = distill(data, args, path)
     images, labels = decode(distilled, data.device)
     common.save_grid(path.with_suffix(".png"), data, images[0], columns=10)
-    common.score(data, distilled, images, labels, protocol(), args)
+    common.score(data, distilled, images, labels, protocol(args), args)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.cli(main)

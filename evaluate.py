@@ -1,10 +1,12 @@
-"""Score distilled files and core-sets in any network; corruption, continual learning, export.
+"""Train networks on distilled sets and core-sets, score them, save them, export pictures.
 
     python evaluate.py out/dm_cifar10_ipc10.pt --network convnet resnet18 vgg11 --epochs 300 1000
     python evaluate.py --coreset random herding k-center forgetting whole --dataset cifar10 --ipc 10
+    python evaluate.py --tensors images.pt labels.pt --protocol mtt --dataset cifar10 --zca
 
 Scores are lines of OUT/results.jsonl, each with that of random real images of the same storage. The
-training protocol is the method's, with the network of --network. For other code: training_set().
+training protocol is the method's, with the network of --network. In Python: train_network,
+training_set, classify.
 """
 
 import argparse
@@ -25,17 +27,32 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.transforms.functional import gaussian_blur, to_pil_image
+from torchvision.transforms.functional import gaussian_blur, rgb_to_grayscale, to_pil_image
 
 import common
 
 METHODS = ("mtt", "dm", "haba", "kfs", "frepo", "translator_fewshot")
 NETWORKS = "convnet alexnet vgg11 resnet10 resnet18 densenet121"
 CORESETS = ("random", "herding", "k-center", "forgetting", "whole")
-FEATURE_EPOCHS, WHOLE_EPOCHS = 20, 30  # of the ConvNet that selects core-sets; of --coreset whole
+# Epochs of the ConvNet that selects core-sets; of --coreset whole
+FEATURE_EPOCHS = 20
+WHOLE_EPOCHS = 30
 
 
 # ------------------------------------------------------------ distilled files
+
+
+def train_network(path, network="", seed=0, epochs=0, **flags):
+    """Train a network on any method's file by its protocol -> network, test accuracy in %.
+
+    network: as --network, "": the method's; epochs 0: the method's; flags: those of this script,
+    e.g. data_dir="data". The network takes images that were preprocessed as the file says.
+    """
+    args = parse([str(path), "--network", network])
+    vars(args).update(flags, seed=seed, epochs=[epochs])
+    (job,) = jobs(args)
+    data, distilled, images, labels, protocol, options = job
+    return common.train_and_test(data, images, labels, protocol, options, distilled["step_size"])
 
 
 def training_set(path):
@@ -45,45 +62,166 @@ def training_set(path):
     (N,) or soft (N, C); info: all else but tensors (method, dataset, classes, step_size, ...).
     """
     distilled = read_distilled(path)
-    images, labels = importlib.import_module(distilled["method"]).decode(distilled)
+    images, labels = decode(distilled)
     info = {key: value for key, value in distilled.items() if not torch.is_tensor(value)}
     return images.flatten(0, 1), torch.cat([labels] * len(images)), info
 
 
 def read_distilled(path):
     """Load a distilled file -> its content, a dict. Raises UserError."""
-    distilled = common.load(path, "a distilled file")
-    keys = set(distilled) if isinstance(distilled, dict) else set()
-    needed = {"method", "shape", "classes", "fingerprint", "settings", "evaluations"}
-    if not needed <= keys or distilled["method"] not in METHODS:
-        raise common.UserError(f"{path} is not a distilled file of these scripts")
+    needed = ("shape", "classes", "fingerprint", "test_fingerprint", "settings", "evaluations")
+    distilled = common.load(path, "a distilled file of these scripts", "method", *needed)
+    if distilled["method"] not in METHODS:
+        raise common.UserError(f"{path} is of {distilled['method']}, which is not in METHODS")
     return distilled
+
+
+def decode(distilled, device="cpu"):
+    """All images of a distilled file (V, n, c, h, w), labels (n,) or soft (n, C)."""
+    images = distilled.get("images")
+    if images is not None and list(images.shape[1:]) == distilled["shape"]:
+        return images[None].to(device), distilled["labels"].to(device)
+    return importlib.import_module(distilled["method"]).decode(distilled, device)
 
 
 def open_file(path, args):
     """Load a distilled file and its data set -> the arguments of common.score but the last."""
     distilled = read_distilled(path)
-    settings = distilled["settings"]
-    name = args.dataset or settings["dataset"]
-    size = args.size or settings["size"]
-    data = load_data(name, distilled["preprocess"], size, args.data_dir, args.device)
-    made_from = (tuple(distilled["shape"]), list(distilled["classes"]), distilled["fingerprint"])
-    if made_from != (data.shape, data.classes, data.preprocess.fingerprint):
-        raise common.UserError(f"{path} was not made from this {data.name}: see --dataset, --size")
     method = importlib.import_module(distilled["method"])
-    images, labels = method.decode(distilled, data.device)
-    return data, distilled, images, labels, method.protocol(settings, len(labels))
+    settings = method.Args(**distilled["settings"])
+    name, size = args.dataset or settings.dataset, args.size or settings.size
+    data = load_data(method, name, size, settings.zca, settings.flip, args.data_dir, args.device)
+    ours = data.shape, data.classes, data.fingerprint
+    theirs = tuple(distilled["shape"]), distilled["classes"], distilled["fingerprint"]
+    for what, one, other in zip(("shape", "classes", "training images"), ours, theirs, strict=True):
+        if one != other:
+            raise common.UserError(f"{path}: {what} of {name} differ: see --dataset, --size")
+    if data.test_fingerprint != distilled["test_fingerprint"]:
+        print(f"{path}: the test images of {name} are not those of the distillation")
+    return data, distilled, *decode(distilled, data.device), method.protocol(settings)
 
 
 @functools.lru_cache
-def load_data(name, kind, size, data_dir, device):
+def load_data(method, dataset, size, zca, flip, data_dir, device):
     """common.load_dataset, once for all files of a data set."""
-    return common.load_dataset(common.Args(data_dir=data_dir, size=size, device=device), name, kind)
+    args = method.Args(
+        dataset=dataset, size=size, zca=zca, flip=flip, data_dir=data_dir, device=device
+    )
+    return common.load_dataset(args, common.setup(args))
+
+
+def join_files(paths, args):
+    """Join sets of the same classes, by the protocol of the first -> as open_file."""
+    sets = [open_file(path, args) for path in paths]
+    data, first, _, _, protocol = sets[0]
+    for path, (other, *_, rule) in zip(paths, sets, strict=True):
+        if (other.fingerprint, type(rule)) != (data.fingerprint, type(protocol)):
+            raise common.UserError(f"{path} has other data or another loss than {paths[0]}")
+    images = [images.flatten(0, 1) for _, _, images, _, _ in sets]
+    labels = []
+    for (*_, own, _), part in zip(sets, images, strict=True):
+        own = own if own.ndim == 2 else protocol.soft_labels(own, len(data.classes))
+        labels.append(own.repeat(len(part) // len(own), 1))
+    joint = first | {"evaluations": []}
+    joint["method"] = "+".join(distilled["method"] for _, distilled, *_ in sets)
+    for name in ("per_class", "stored_per_class"):
+        joint[name] = sum(distilled[name] for _, distilled, *_ in sets)
+    rates = [distilled["step_size"] or protocol.lr for _, distilled, *_ in sets]
+    joint["step_size"] = sum(rates) / len(rates)
+    return data, joint, torch.cat(images)[None], torch.cat(labels), protocol
+
+
+# ------------------------------------------------------------ other people's tensors
+
+
+def open_tensors(paths, args):
+    """Make a distilled file of other people's images and labels -> its path. Raises UserError.
+
+    Images (n, c, h, w), (n, h, w, c) or (C, n, c, h, w); labels: numbers, one-hot or soft, else
+    class after class; or a folder <class>/*. Preprocessed like args.dataset with --zca or not, or
+    --pixels.
+    """
+    method = importlib.import_module(args.protocol)
+    data = load_data(
+        method, args.dataset, args.size, args.zca, args.flip, args.data_dir, args.device
+    )
+    count = len(data.classes)
+    pixels = args.pixels
+    if pathlib.Path(paths[0]).is_dir():
+        names, samples = common.list_images(pathlib.Path(paths[0]))
+        if not set(names) <= set(data.classes):
+            raise common.UserError(f"{paths[0]} has other classes than {data.name}: {names[:5]}")
+        images = common.to_pixels((common.open_image(path) for path, _ in samples), data.shape[1])
+        images = images[:, : data.shape[0]]
+        labels = torch.tensor([data.classes.index(names[c]) for _, c in samples])
+        pixels = True
+    else:
+        images, *labels = [part for path in paths for part in read_tensors(path)]
+        labels = labels[0] if labels else None
+    if images.ndim == 5:
+        images = images.flatten(0, 1)
+    if images.ndim == 4 and images.shape[3] == data.shape[0]:
+        images = images.permute(0, 3, 1, 2)
+    if tuple(images.shape[1:]) != data.shape:
+        raise common.UserError(f"images of {tuple(images.shape)} do not fit {data.shape}")
+    images = images.float()
+    if pixels:
+        images = data.preprocess(images if images.max() > 1 else images * 255)
+    if labels is None:
+        labels = torch.arange(count).repeat_interleave(len(images) // count)
+    if labels.ndim == 2 and ((labels == 0) | (labels == 1)).all():
+        labels = labels.argmax(1)
+    labels = labels.float() if labels.ndim == 2 else labels.long()
+    fits = labels.shape in ((len(images),), (len(images), count))
+    if not fits or (labels.ndim == 1 and not 0 <= labels.min() <= labels.max() < count):
+        raise common.UserError(f"labels of {tuple(labels.shape)} for {len(images)} images")
+    if args.step_size is None and hasattr(method.Args, "step_size"):
+        raise common.UserError(
+            "--protocol mtt and haba need --step-size, the learned one (or 0.01)"
+        )
+
+    ours, real = (f"{x.mean():.2f} +- {x.std():.2f}" for x in (images, data.train))
+    print(f"the tensors: {ours}; real images, preprocessed alike: {real}")
+    ratio = (images.std() / data.train.std()).item()
+    if not 1 / 3 < ratio < 3 or (images.mean() - data.train.mean()).abs() > data.train.std():
+        print("these are far apart: are --zca, --pixels, --dataset and --protocol right?")
+    settings = {"dataset": args.dataset, "size": args.size, "zca": args.zca, "flip": args.flip}
+    settings |= {method.Args.budget: len(images) // count, "iterations": 0}
+    run = argparse.Namespace(record={"seconds": 0.0, "evaluations": []})
+    path = pathlib.Path(args.out) / f"{pathlib.Path(paths[0]).stem}_{args.protocol}.pt"
+    tensors = {"images": images, "labels": labels}
+    common.save_distilled(path, data, method.Args(**settings), tensors, run, args.step_size)
+    return path
+
+
+def read_tensors(path):
+    """Read a tensor, an array, or the first [images, labels] under "data" -> list of tensors."""
+    if str(path).endswith(".npy"):
+        try:
+            return [torch.from_numpy(np.load(path))]
+        except (OSError, ValueError) as error:
+            raise common.UserError(f"{path} cannot be read ({error})") from None
+    try:
+        content = torch.load(path, "cpu", weights_only=True)
+    except Exception:
+        how = "torch.save(images.cpu(), FILE), torch.save(labels.cpu(), FILE)"
+        raise common.UserError(
+            f"{path} holds more than tensors: save them again by {how}"
+        ) from None
+    if isinstance(content, dict):
+        content = content.get("data", [[]])[0]
+    content = content if isinstance(content, list | tuple) else [content]
+    if not content or not all(map(torch.is_tensor, content)):
+        raise common.UserError(
+            f'{path} has no tensors, or a dict without [images, labels] in "data"'
+        )
+    return list(content)
 
 
 # ------------------------------------------------------------ networks
 
-PLANS = {  # convolutions: width, kernel size, whether a 2x2 max pool follows
+# Convolutions: width, kernel size, whether a 2x2 max pool follows
+PLANS = {
     "alexnet": ((128, 5, 1), (192, 5, 1), (256, 3, 0), (192, 3, 0), (192, 3, 1)),
     "vgg11": ((64, 3, 1), (128, 3, 1), (256, 3, 0), (256, 3, 1)) + ((512, 3, 0), (512, 3, 1)) * 2,
 }
@@ -96,8 +234,8 @@ def build_network(name, shape, classes):
     convnet 320,010; alexnet (no norm) 1,872,202; vgg11 9,231,114; resnet10 4,903,242; resnet18
     11,173,962; densenet121 6,956,426. Any other name is torchvision's model, unchanged.
     """
-    if name == "convnet":
-        return common.ConvNet(shape, classes)
+    if re.fullmatch(r"(frepo-)?convnet\d*", name):
+        return common.ConvNet(shape, classes, frepo=name.startswith("frepo"))
     if name in PLANS:
         net = build_stack(name, shape[0], classes)
     elif name == "resnet10":
@@ -109,7 +247,8 @@ def build_network(name, shape, classes):
     if name in ("resnet10", "resnet18", "densenet121"):
         net = adapt_to_small_images(net, shape[0])
     if shape[-1] == 28:
-        net = nn.Sequential(nn.ZeroPad2d(2), net)  # 32x32, as in ConvNet
+        # 32x32, as in ConvNet
+        net = nn.Sequential(nn.ZeroPad2d(2), net)
     net.kind = name
     return net
 
@@ -133,7 +272,8 @@ def adapt_to_small_images(net, channels):
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (7, 7):
             layer = nn.Conv2d(channels, layer.out_channels, 3, padding=1, bias=False)
         elif isinstance(layer, nn.Conv2d):
-            layer.reset_parameters()  # torch's default initialization, as in DC's code
+            # torch's default initialization, as in DC's code
+            layer.reset_parameters()
         elif isinstance(layer, nn.BatchNorm2d):
             layer = nn.GroupNorm(layer.num_features, layer.num_features)
         elif isinstance(layer, nn.MaxPool2d):
@@ -142,15 +282,43 @@ def adapt_to_small_images(net, channels):
     return net
 
 
+def save_network(folder, job, k, net, accuracy):
+    """Write network k of a job with all that `classify` needs, e.g. to dm_cifar10_1_vgg11_0.pt."""
+    data, distilled = job[:2]
+    names = distilled["method"], data.name, distilled["per_class"], net.kind, job[-1].epochs, k
+    path = pathlib.Path(folder) / ("_".join(map(str, names)) + ".pt")
+    preprocess = {name: value for name, value in vars(data.preprocess).items() if value is not None}
+    content = {"network": net.kind, "classes": data.classes, "shape": list(data.shape)}
+    content |= {"preprocess": preprocess, "weights": net.state_dict(), "accuracy": accuracy}
+    common.save(content, path)
+    print(f"wrote {path}: {accuracy:.2f} %")
+
+
+@torch.no_grad()
+def classify(network_file, *pictures):
+    """Names of the classes of pictures, by a network of --save; cropped and resized to its size."""
+    names = ("network", "classes", "shape", "preprocess", "weights")
+    stored = common.load(network_file, "a network of evaluate.py --save", *names)
+    net = build_network(stored["network"], stored["shape"], len(stored["classes"]))
+    net.load_state_dict(stored["weights"])
+    images = [common.open_image(path) for path in pictures]
+    pixels = common.to_pixels(images, stored["shape"][1])
+    if stored["shape"][0] == 1:
+        pixels = rgb_to_grayscale(pixels)
+    numbers = net.eval()(common.Preprocess(**stored["preprocess"])(pixels)).argmax(1)
+    return [stored["classes"][number] for number in numbers]
+
+
 # ------------------------------------------------------------ core-sets
 
 
 def open_coreset(kind, args):
     """Select a core-set of --dataset -> the arguments of common.score but the last."""
-    data = load_data(args.dataset, "standardize", args.size, args.data_dir, args.device)
+    place = args.data_dir, args.device
+    data = load_data(common, args.dataset or "glyphs", args.size, False, args.flip, *place)
     images, labels = data.train, data.train_labels
     if kind != "whole":
-        images, labels = data.sample(args.ipc, args.seed, "core-set")  # class after class
+        images, labels = data.sample(args.ipc, args.seed, "core-set")
     if kind not in ("whole", "random"):
         images = data.train[select(kind, data, args)]
     count = len(data.classes)
@@ -167,7 +335,7 @@ def select(kind, data, args):
     herding keeps the mean of the selected close to that of all; k-center takes the farthest from
     the selected; both start with the closest to the mean. forgetting takes the most forgotten.
     """
-    key = common.hash_int(data.train_labels.tolist(), data.train[:, 0, 8, 8].tolist(), args.seed)
+    key = common.hash_int(data.fingerprint, data.flip, FEATURE_EPOCHS, args.seed)
     path = pathlib.Path(args.data_dir) / ".cache" / f"features_{key:016x}.pt"
     learned = common.cached(path, functools.partial(learn_features, data, args))
     all_features, forgotten = (tensor.to(data.device) for tensor in learned)
@@ -199,17 +367,16 @@ def learn_features(data, args):
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(args.seed, "features")
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     real = (data.train[None], data.train_labels, common.Protocol())
-    progress = common.Progress(FEATURE_EPOCHS, "epochs for core-sets")
-    forgotten = torch.rand(len(data.train), device=data.device)  # breaks ties at random
+    # breaks ties at random
+    forgotten = torch.rand(len(data.train), device=data.device)
     correct = torch.zeros_like(forgotten).bool()
-    for epoch in range(FEATURE_EPOCHS):
+    for epoch in common.progress(range(FEATURE_EPOCHS), "epochs for core-sets"):
         common.train_epoch(net, sgd, data, *real, args.seed, epoch)
         features = common.frozen_features(net, data.train)
         with torch.no_grad(), common.autocast(data.device):
             wrong = net.classifier(features).argmax(1) != data.train_labels
         forgotten += correct & wrong
         correct = ~wrong
-        progress.step()
     return features, forgotten
 
 
@@ -252,7 +419,7 @@ def read_corruptions(where, data):
 def score_corruption(data, distilled, images, labels, protocol, args):
     """Test networks on corrupted images (HaBa supplement, Fig. 2): a row for levels 0 to 5."""
     arrays, test_labels = read_corruptions(args.corruption, data)
-    epochs = args.epochs or protocol.epochs
+    epochs = args.epochs or protocol.length(len(labels))
     protocol = replace(protocol, epochs=epochs, lr=distilled["step_size"] or protocol.lr)
     found = np.zeros((args.runs, len(arrays), 6))
     for k in range(args.runs):
@@ -286,7 +453,7 @@ def continual(args, flags):
     given |= {name: vars(args)[name] for name in ("dataset", "size", "seed", "device", "runs")}
     flags = [f"--{name}={value}" for name, value in given.items() if value != ""] + flags
     options = common.parse_args(method.Args, method.PRESETS, flags)
-    data = common.load_dataset(options)
+    data = common.load_dataset(options, common.setup(options))
     count = len(data.classes)
     if count < 2 * args.steps or options.iterations == 0:
         raise common.UserError(f"{data.name}: --steps {count // 2} at most, --iterations 1 or more")
@@ -298,12 +465,13 @@ def continual(args, flags):
         files = [pathlib.Path(options.out) / f"order{order}_step{i}.pt" for i in range(args.steps)]
         parts = []
         for i, new in enumerate(steps):
-            if args.continual == "kfs":  # App. A: decoders of the first step are kept, two drops
+            if args.continual == "kfs":
+                # App. A: decoders of the first step are kept, two drops
                 drops = options.drops or (5000, 15000)
                 options = replace(options, drops=drops, fixed_decoders=str(files[0]) if i else "")
             parts.append(method.distill(restrict(data, new), options, files[i]))
             seen = restrict(data, np.concatenate(steps[: i + 1]))
-            row = common.score(seen, *join(parts, method, data.device), options)
+            row = common.score(seen, *join_steps(parts, method, data.device), options)
             found[:, order, i] = row["accuracy"], row["random"]
 
     seen = np.cumsum([len(step) for step in steps]).tolist()
@@ -321,12 +489,12 @@ def restrict(data, classes):
     parts = []
     for images, labels in ((data.train, data.train_labels), (data.test, data.test_labels)):
         parts += [images[number[labels] >= 0], number[labels][number[labels] >= 0]]
-    key = common.hash_int(data.preprocess.fingerprint, classes.tolist())
-    preprocess = replace(data.preprocess, fingerprint=f"{data.preprocess.kind}-{key:016x}")
-    return common.Dataset(data.name, [data.classes[c] for c in classes], *parts, preprocess)
+    names = [data.classes[c] for c in classes]
+    prints = [f"{x}/{classes.tolist()}" for x in (data.fingerprint, data.test_fingerprint)]
+    return common.Dataset(data.name, names, *parts, data.preprocess, *prints, data.flip)
 
 
-def join(parts, method, device):
+def join_steps(parts, method, device):
     """Join the distilled sets of several steps -> distilled, images, labels, protocol.
 
     Labels become soft, (n, classes so far), with their lowest entry for the classes of other steps.
@@ -342,7 +510,8 @@ def join(parts, method, device):
     joint = parts[-1] | {"evaluations": []}
     if joint["step_size"]:
         joint["step_size"] = np.mean([distilled["step_size"] for distilled in parts])
-    return joint, images, torch.cat(labels), method.protocol(joint["settings"], images.shape[1])
+    protocol = method.protocol(method.Args(**joint["settings"]))
+    return joint, images, torch.cat(labels), protocol
 
 
 # ------------------------------------------------------------ table, pictures, command line
@@ -393,27 +562,43 @@ def paper_number(row, targets):
 
 
 def export(path, folder, args):
-    """Write folder/<class>/NNN.png for each image of a file, and folder/grid.png."""
+    """Write folder/<class>/NNN.png for each image of a file, grid.png, labels.csv, README.txt."""
     folder = pathlib.Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise common.UserError(f"{folder} is not empty: give a new folder to --export")
     data = open_file(path, args)[0]
     images, labels, _ = training_set(path)
     images = images.to(data.device)
-    labels = labels.argmax(1) if labels.ndim == 2 else labels
-    pixels = (255 * data.preprocess.undo(images).clamp(0, 1)).round().byte().cpu()
+    soft = labels if labels.ndim == 2 else F.one_hot(labels, len(data.classes))
+    labels = soft.argmax(1)
+    values = 255 * data.preprocess.undo(images)
+    clipped = 100 * ((values < -0.5) | (values > 255.5)).float().mean()
+    pixels = values.clamp(0, 255).round().byte().cpu()
     by_class = [torch.nonzero(labels == c)[:, 0] for c in range(len(data.classes))]
+    lines = [["file", "class", "soft label"]]
     for name, index in zip(data.classes, by_class, strict=True):
-        for i, image in enumerate(pixels[index]):
+        for i, k in enumerate(index):
+            file = f"{name.replace('/', '-')}/{i:03d}.png"
             png = io.BytesIO()
-            to_pil_image(image).save(png, "png")
-            common.save(png.getvalue(), folder / name.replace("/", "-") / f"{i:03d}.png")
+            to_pil_image(pixels[k]).save(png, "png")
+            common.save(png.getvalue(), folder / file)
+            lines.append([file, name, " ".join(map(str, soft[k].tolist()))])
+    with open(folder / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows(lines)
     shown = images[torch.cat([index[:10] for index in by_class])]
     common.save_grid(folder / "grid.png", data, shown, columns=10)
-    print(f"wrote {len(images)} images and grid.png to {folder}")
+    note = (
+        f"These pictures are for looking: {clipped:.1f} % of the values lie outside 0 .. 255 and "
+    )
+    note += "were clipped. To train, use evaluate.train_network or evaluate.training_set.\n"
+    (folder / "README.txt").write_text(note)
+    print(f"wrote {len(images)} images to {folder}. {note}", end="")
 
 
-def jobs(paths, args):
+def jobs(args):
     """Arguments of common.score for each file or core-set, network and number of epochs."""
-    sets = [open_file(path, args) for path in paths]
+    sets = [join_files(args.files, args)] if args.join else []
+    sets += [open_file(path, args) for path in args.files if not args.join]
     sets += [open_coreset(kind, args) for kind in args.coreset]
     for (data, *_), name in itertools.product(sets, filter(None, args.network)):
         net = build_network(name, data.shape, len(data.classes))
@@ -423,7 +608,8 @@ def jobs(paths, args):
         raise common.UserError(f"{name} is not for images of {data.shape}: try convnet, resnet18")
     for one, name, epochs in itertools.product(sets, args.network, args.epochs):
         data, distilled, images, labels, protocol = one
-        if name or epochs:  # the evaluations are of the file's own network and epochs
+        if name or epochs:
+            # the evaluations are of the file's own network and epochs
             distilled = distilled | {"evaluations": []}
         if name:
             protocol = replace(protocol, network=functools.partial(build_network, name))
@@ -431,18 +617,34 @@ def jobs(paths, args):
         yield data, distilled, images, labels, protocol, argparse.Namespace(**options)
 
 
-def main(argv=None):
+def parse(argv=None):
+    """Parse the command line -> Namespace; .flags: those for the method of --continual."""
     usage = "%(prog)s [FILE ...] [--flag value ...]"
     parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument
     add("--network", nargs="+", default=[""], metavar="X", help=f"{NETWORKS}, torchvision's")
     add("--epochs", nargs="+", type=int, default=[0], metavar="N", help="0: those of the file")
     add("--runs", type=int, default=5, help="networks trained for a score (5)")
+    add("--save", metavar="DIR", help="write each trained network")
+    add("--join", action="store_true", help="train on the union of the files")
     add("--coreset", nargs="+", default=[], choices=CORESETS, metavar="X", help=" ".join(CORESETS))
     add("--ipc", type=int, default=10, help="images per class for --coreset, --continual (10)")
+    add(
+        "--tensors", nargs="+", metavar="X", help="other people's images, labels: .pt, .npy, folder"
+    )
+    add("--protocol", choices=METHODS, help="whose protocol --tensors are for")
+    add("--pixels", action="store_true", help="--tensors are 0 .. 1 or 0 .. 255, not preprocessed")
+    add("--zca", action="store_true", help="--tensors are whitened")
+    add("--step-size", type=float, help="learning rate of networks on --tensors")
     add("--dataset", default="", help="data set (that of the file, else glyphs)")
     add("--data-dir", default="data", help="folder of data sets and caches (data)")
     add("--size", type=int, default=0, help="resize a folder's images (as in the file)")
+    add(
+        "--no-flip",
+        dest="flip",
+        action="store_false",
+        help="for --tensors, --coreset: no mirroring",
+    )
     add("--seed", type=int, default=0, help="seed of all random numbers (0)")
     add("--device", default="auto", help="auto, cpu or cuda (auto)")
     add("--out", default="out", help="folder of results.jsonl (out)")
@@ -452,29 +654,41 @@ def main(argv=None):
     add("--orders", type=int, default=5, help="class orders of --continual (5)")
     add("--export", metavar="DIR", help="write the images of a file as PNG")
     add("--table", action="store_true", help="print OUT/results.jsonl as Markdown")
-    args, words = parser.parse_known_args(argv)  # words: files, or flags of the method
-    unknown = [word for word in words if word.startswith("-")]
-    if unknown and not args.continual:
+    args, words = parser.parse_known_args(argv)
+    args.flags, args.files = (words, []) if args.continual else ([], words)
+    unknown = [word for word in args.files if str(word).startswith("-")]
+    if unknown:
         raise common.UserError(f"unknown argument {unknown[0]}: see --help")
     if min(args.ipc, args.runs, args.steps, args.orders) < 1 or min(args.epochs) < 0:
         raise common.UserError("--ipc, --runs, --steps, --orders: 1 or more; --epochs: 0 or more")
-    if not (words or args.coreset or args.continual or args.table):
+    if not (words or args.coreset or args.continual or args.table or args.tensors):
         raise common.UserError("nothing to do: give files, --coreset, --continual or --table")
+    if args.tensors and not (args.protocol and args.dataset):
+        raise common.UserError("--tensors need --protocol and --dataset")
     others = args.export or args.corruption or args.coreset or any(args.network) or args.epochs[1:]
-    if (args.continual and others) or (args.export and len(words) != 1):
+    if (args.continual and others) or (args.export and len(words) + bool(args.tensors) != 1):
         raise common.UserError("--export takes one file, --continual only flags of its method")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    if args.tensors:
+        args.files = [*args.files, open_tensors(args.tensors, args)]
     if args.continual:
-        continual(args, words)
+        continual(args, args.flags)
     elif args.export:
-        export(words[0], args.export, args)
+        export(args.files[0], args.export, args)
+    elif args.corruption:
+        for job in jobs(args):
+            score_corruption(*job)
     else:
-        score = score_corruption if args.corruption else common.score
-        for job in jobs(words, args):
-            score(*job)
+        for job in jobs(args):
+            common.score(*job, *[functools.partial(save_network, args.save, job)] * bool(args.save))
     if args.table:
         print_table(args)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.cli(main)

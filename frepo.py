@@ -17,17 +17,18 @@ images and soft labels train a fresh network of this kind by squared error.
 Measured on CIFAR-10, --ipc 1: 41.9 +- 0.3 % with --iterations 1000 --lr 0.01 --batch-real 512.
 
 Beyond Eq. 17, as in the authors' code: lambda is in units of trace(K_ss) / n, mirror images join
-X_s, and a hinge on the margin of y_s is added to L.
-
-Unlike the authors' JAX code: torch's initialization (theirs: LeCun's). Unlike Eq. 17: a mean over
-real images in L. As in their code: batch norm in the pool's networks, no norm in the score's.
+X_s, a hinge on the margin of y_s is added to L, and there is batch norm in the pool's networks, no
+norm in the score's. Unlike Eq. 17: a mean over real images in L. Unlike the authors' JAX code:
+torch's initialization (theirs: LeCun's).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -50,6 +51,8 @@ class Args(common.Args):
     weight_margin: float = arg(1.0, "weight of the hinge on the labels' margin")
 
     whitening = "zca-trace"
+    # not the iterations: the rate is a cosine over them
+    free = ("runs", "epochs", "eval_every")
 
 
 PRESETS = {
@@ -65,6 +68,106 @@ PRESETS = {
         zca=False, iterations=150, lr=0.01, batch_real=256, pool=4, max_age=30, runs=3, epochs=300
     ),
 }
+
+
+# ------------------------------------------------------------ FRePo, as in translator_fewshot.py
+
+
+def krr(support, labels, ridge=1e-6):
+    """Kernel ridge regression (survey Eq. 14): w = f^T (f f^T + ridge trace(f f^T) / n I)^-1 y.
+
+    support f (n, d), labels y (n, C) -> w (d, C); features (m, d) @ w are the predictions. In
+    float64, as float32 rounds the ridge away; all NaN if the Cholesky factorization fails.
+    """
+    f = support.double()
+    kernel = f @ f.T
+    eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    factor, failed = torch.linalg.cholesky_ex(kernel + ridge * kernel.diagonal().mean() * eye)
+    factor = torch.where(failed > 0, torch.nan, factor)
+    return (f.T @ torch.cholesky_solve(labels.double(), factor)).to(support.dtype)
+
+
+def half_square(predicted, labels):
+    """Half the squared error, summed over classes, mean over images (survey Eq. 17)."""
+    return 0.5 * (predicted - labels).square().sum(1).mean()
+
+
+def center_labels(labels, classes, scale=1.0):
+    """FRePo's labels for class numbers (n,): (one-hot - 1 / C) / scale, (n, C)."""
+    return (F.one_hot(labels, classes) - 1 / classes) / scale
+
+
+def margin_loss(labels):
+    """FRePo's hinge on soft labels (n, C): -min(largest - second largest, 1 / C), averaged."""
+    first, second = labels.topk(2).values.T
+    return -(first - second).clamp(max=1 / labels.shape[1]).mean()
+
+
+def distill_rate(step, steps):
+    """Factor of the rate of images and labels: half a cosine from 1 to 1/10."""
+    return 0.55 + 0.45 * math.cos(math.pi * step / steps)
+
+
+def frepo_augment(images, flip, *key, scale=False):
+    """Apply FRePo's scoring augmentation; scale: add scaling, as the authors' PyTorch branch."""
+    names = ["color", "crop", "translate", "cutout", "rotate"] + ["flip"] * flip + ["scale"] * scale
+    name = names[common.hash_int(*key) % len(names)]
+    side = images.shape[-1]
+    common.seed(*key)
+    u = torch.rand(len(images), 3, device=images.device)
+    a, b, c = (2 * u - 1).T
+    if name == "color":
+        # brightness +-0.25, saturation and contrast exp(+-0.25)
+        return common.adjust_color(images, a / 4, (b / 4).exp(), (c / 4).exp())
+    if name == "crop":
+        # zoom 0.8 .. 1.25
+        zoom = 1.025 + 0.225 * a
+        return common.warp(images, zoom, 0, 0, zoom, padding="border")
+    if name == "translate":
+        # by up to 1/8 of the side, edges repeated
+        return common.warp(images, 1, 0, 0, 1, a / 4, b / 4, padding="border")
+    if name == "cutout":
+        # a square of a quarter of the side, inside
+        return common.cut(images, (u[:, :2] * (side - side // 4 + 1)).floor(), side // 4)
+    return common.transform(images, name, u)
+
+
+# Training steps by the number of images, as in FRePo's code
+STEPS = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 10000, 2000: 40000}
+
+
+@dataclass
+class FrepoProtocol(common.Protocol):
+    """FRePo's protocol: its ConvNet, squared error on centered labels, AdamW, its augmentation."""
+
+    network: Callable = partial(common.ConvNet, frepo=True)
+    augment: Callable = frepo_augment
+    loss: Callable = half_square
+    epochs: int = 0
+    batch: int = 500
+    lr: float = 3e-4
+    optimizer: Callable = torch.optim.AdamW
+    weight_decay: float = 0.0
+
+    soft_labels = staticmethod(center_labels)
+
+    def length(self, count):
+        nearest = min(STEPS, key=lambda n: abs(math.log(count / n)))
+        return self.epochs or STEPS[nearest] // math.ceil(count / 500)
+
+    def rate(self, epoch, count):
+        """Linear warm-up of 500 steps (at most half of all), then half a cosine to 1/100."""
+        epochs = self.length(count)
+        warm = min(500 / math.ceil(count / self.batch), epochs / 2)
+        if epoch < warm:
+            return self.lr * min(1, (epoch + 1) / warm)
+        return self.lr * (0.505 + 0.495 * math.cos(math.pi * (epoch - warm) / (epochs - warm)))
+
+    def baseline(self):
+        return self
+
+
+# ------------------------------------------------------------ pool and distillation
 
 
 class Lamb(torch.optim.Optimizer):
@@ -92,26 +195,22 @@ class Lamb(torch.optim.Optimizer):
 
 def build_network(shape, classes):
     """The scoring network, with batch norm after each pooling that a convolution follows."""
-    net = common.ConvNet(shape, classes, norm=False, double=True)
-    blocks = list(net.blocks[:1])
-    for layer in net.blocks[1:]:
-        if isinstance(layer, nn.Conv2d):
+    net = common.ConvNet(shape, classes, frepo=True)
+    for i in reversed(range(1, len(net.blocks))):
+        if isinstance(net.blocks[i], nn.Conv2d):
             # running statistics are nine tenths those of the newest batch
-            blocks.append(nn.BatchNorm2d(layer.in_channels, momentum=0.9))
-        blocks.append(layer)
-    net.blocks = nn.Sequential(*blocks)
+            net.blocks.insert(i, nn.BatchNorm2d(net.blocks[i].in_channels, momentum=0.9))
     return net
 
 
 def distill(data, args, path):
     """Distill `data` into args.ipc images and soft labels per class -> content of file `path`."""
+    run = common.Run(path, data, args)
     classes = len(data.classes)
     # synthetic images start as real ones
     images, numbers = data.sample(args.ipc, args.seed, "start")
-    labels = common.center_labels(numbers, classes, math.sqrt(classes / 10))
-    images.requires_grad_()
-    labels.requires_grad_()
-    optimizer = Lamb([images, labels], args.lr)
+    labels = center_labels(numbers, classes, math.sqrt(classes / 10))
+    optimizer = Lamb([images.requires_grad_(), labels.requires_grad_()], args.lr)
     networks = [build_network(data.shape, classes) for _ in range(args.pool)]
     pool = nn.ModuleList(networks).to(data.device)
     pool_optimizer = torch.optim.Adam(pool.parameters(), lr=args.lr_pool)
@@ -123,10 +222,9 @@ def distill(data, args, path):
     state = {"images": images, "labels": labels, "optimizer": optimizer}
     state |= {"pool": pool, "pool_optimizer": pool_optimizer, "ages": ages}
     # views: they follow the in-place updates
-    distilled_set = (images.detach()[None], labels.detach(), protocol(None, len(images)))
-    evaluate = partial(common.train_and_test, data, *distilled_set, args)
-    run = common.Run(path, data, args, state, evaluate, extend=False)
-    for it in range(run.start, args.iterations):
+    distilled_set = (images.detach()[None], labels.detach(), protocol(args))
+    run.restore(state, partial(common.train_and_test, data, *distilled_set, args))
+    for it in common.progress(range(run.start, args.iterations), "iterations"):
         key = (args.seed, it)
         k = common.hash_int(*key, "network") % args.pool
         net = pool[k].requires_grad_(False).eval()
@@ -135,23 +233,27 @@ def distill(data, args, path):
         # running statistics of the synthetic set
         real, real_labels = data.batch(args.batch_real, *key, "real")
         target = common.frozen_features(net, real)
-        support, support_labels = images, labels
-        if args.mirror and data.flip:
-            support, support_labels = torch.cat([images, images.flip(3)]), labels.repeat(2, 1)
-        truth = common.center_labels(real_labels, classes)
-        predicted = target @ common.krr(net.features(support), support_labels, args.ridge)
-        loss = common.half_square(predicted, truth)
-        optimizer.param_groups[0]["lr"] = args.lr * common.cosine_decay(it, args.iterations)
+        copies = 2 if args.mirror and data.flip else 1
+        support = torch.cat([images, images.flip(3)][:copies])
+        support_labels = labels.repeat(copies, 1)
+        predicted = target @ krr(net.features(support), support_labels, args.ridge)
+        loss = half_square(predicted, center_labels(real_labels, classes))
+        optimizer.param_groups[0]["lr"] = args.lr * distill_rate(it, args.iterations)
         optimizer.zero_grad()
-        (loss + args.weight_margin * common.margin_loss(labels)).backward()
+        (loss + args.weight_margin * margin_loss(labels)).backward()
         optimizer.step()
 
         # Eq. 18: a step of the network on the synthetic set; old networks are replaced
         net.requires_grad_(True).train()
-        index = common.student_indices(len(images), args.batch_pool, 0, *key, device=data.device)
-        pool_optimizer.zero_grad()  # the other networks keep None as gradient and are skipped
-        features = net.blocks(images.detach()[index]).flatten(1)  # in one batch, for its statistics
-        common.half_square(net.classifier(features), labels.detach()[index]).backward()
+        index = slice(None)
+        if args.batch_pool < len(images):
+            common.seed(*key, "pass", 0)
+            index = torch.randperm(len(images), device=data.device)[: args.batch_pool]
+        # the other networks have no gradients and are skipped
+        pool_optimizer.zero_grad()
+        # in one batch, for its statistics
+        features = net.blocks(images.detach()[index]).flatten(1)
+        half_square(net.classifier(features), labels.detach()[index]).backward()
         pool_optimizer.step()
         ages[k] += 1
         if ages[k] >= args.max_age:
@@ -169,20 +271,20 @@ def decode(distilled, device="cpu"):
     return distilled["images"].to(device)[None], distilled["labels"].to(device)
 
 
-def protocol(settings, count):
-    """FRePo's training protocol for `count` images."""
-    return common.frepo_protocol(count)
+def protocol(args):
+    """FRePo's training protocol."""
+    return FrepoProtocol()
 
 
 def main():
     args = common.parse_args(Args, PRESETS)
     path = common.output_path(args)
-    data = common.load_dataset(args)
+    data = common.load_dataset(args, common.setup(args))
     distilled = distill(data, args, path)
     images, labels = decode(distilled, data.device)
     common.save_grid(path.with_suffix(".png"), data, images[0], columns=10)
-    common.score(data, distilled, images, labels, protocol(None, len(labels)), args)
+    common.score(data, distilled, images, labels, protocol(args), args)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.cli(main)

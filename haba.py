@@ -17,14 +17,16 @@ Measured on CIFAR-10, --bpc 1: 47.0 +- 0.5 % (paper: 48.3) with --iterations 700
 --expert-epochs 1 --step-size 0.005 --lr-hallucinators 1. Their code also standardizes each batch.
 """
 
-from dataclasses import dataclass
-from functools import partial
+import pathlib
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import chain, pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 import common
 from common import arg
@@ -35,21 +37,23 @@ class Args(common.Args):
     budget = "bpc"
     bpc: int = arg(1, "bases per class, |B| / C")
     objective: Literal["mtt", "dm", "dc"] = arg("mtt", "L_DD: MTT's, DM's or DC's (Tab. 2)")
-    iterations: int = arg(15000, "iterations of the distillation; 0: train the experts only")
-    hallucinators: int = arg(5, "|H|: hallucinators; 0: bases are images, enlarged")
+    iterations: int = arg(15000, "iterations of the distillation; 0: train the experts only", 0)
+    hallucinators: int = arg(5, "|H|: hallucinators; 0: bases are images, enlarged", 0)
     class_hallucinators: bool = arg(False, "each class has |H| hallucinators of its own (Tab. 5)")
     share_conv: bool = arg(False, "all hallucinators share encoder and decoder (supplement Tab. 5)")
     depth: Literal[0, 1, 2, 3] = arg(1, "conv-ReLU blocks in the encoder, and in the decoder")
-    channels: int = arg(0, "c'': channels of the first block; 0: as the image, 8 from depth 2 on")
-    basis_channels: int = arg(0, "c': channels of a basis; 0: as the image")
-    basis_size: int = arg(0, "h', w': side of a basis; 0: as the image")
+    channels: int = arg(
+        0, "c'': channels of the first block; 0: as the image, 8 from depth 2 on", 0
+    )
+    basis_channels: int = arg(0, "c': channels of a basis; 0: as the image", 0)
+    basis_size: int = arg(0, "h', w': side of a basis; 0: as the image", 0)
     lr_bases: float = arg(100.0, "eta_B: bases' rate (SGD, momentum 0.95; dm, dc 0.5)")
     lr_hallucinators: float = arg(100.0, "eta_H: hallucinators' rate (the same SGD)")
     weight_cos: float = arg(0.1, "lambda_cos (Eq. 6); dm, dc: times |grad L_DD| / |grad L_cos|")
     weight_con: float = arg(0.1, "lambda_con: weight of L_con (Eq. 4)")
     weight_task: float = arg(1.0, "lambda_task: weight of the cross-entropy of F (Eq. 4)")
     dsa: bool = arg(True, "augment hallucinated images by DSA (Tab. 6)")
-    batch: int = arg(0, "bases per student step, Eq. 4, 5 (paper: 300); 0: all")
+    batch: int = arg(0, "bases per student step, Eq. 4, 5 (paper: 300); 0: all", 0)
     experts: int = arg(100, "mtt: expert trajectories; missing ones are trained")
     student_steps: int = arg(30, "mtt: N, student steps per iteration")
     expert_epochs: int = arg(2, "mtt: M, expert epochs to match")
@@ -69,8 +73,10 @@ SHORT |= dict(expert_epochs=4, step_size=0.005, batch_real=64, net_epochs=5, run
 # The paper has eta_H = eta_B, but with that the hallucinators diverge
 DM = dict(iterations=20000, lr_bases=1.0, lr_hallucinators=0.001)
 DC = dict(lr_bases=0.1, lr_hallucinators=0.001)
+# mtt: the authors' settings; CIFAR-100: MTT's with ZCA and the paper's batch
+# dc: Tab. 2 has DC without DSA: add --no-dsa
 PRESETS = {
-    "mtt": {  # the authors' settings; CIFAR-100: MTT's with ZCA and the paper's batch
+    "mtt": {
         ("cifar10", 1): dict(zca=True, student_steps=50, max_start=2, lr_step=1e-7),
         ("cifar10", 10): dict(zca=True, step_size=0.001),
         ("cifar10", 50): dict(zca=True),
@@ -80,7 +86,7 @@ PRESETS = {
         ("glyphs", 1): SHORT | dict(lr_hallucinators=1.0),
     },
     "dm": {("cifar10", 1): DM, ("glyphs", 1): DM | SHORT},
-    "dc": {  # Tab. 2 has DC without DSA: add --no-dsa
+    "dc": {
         ("cifar10", 1): DC | dict(iterations=1000, matches=1),
         ("cifar10", 10): DC | dict(iterations=10000, matches=10),
         ("cifar10", 50): DC | dict(iterations=50000, matches=50, net_epochs=10),
@@ -93,9 +99,8 @@ PRESETS["mtt"] |= {("svhn", bpc): PRESETS["mtt"]["cifar10", bpc] for bpc in (1, 
 class Hallucinator(nn.Module):
     """Encoder, scale and shift, decoder (Eq. 2): bases (b, c', h, w) -> images (b, c, h, w).
 
-    At 3x32x32, depths 0 to 3 have 6,144, 6,312, 10,963 and 16,131 parameters (supplement Tab. 3);
-    between blocks, channels double and the side halves. The last block has no ReLU, as network
-    inputs are signed. The authors' code has neither ReLU nor padding.
+    At 3x32x32, depths 0 to 3 have 6,144, 6,312, 10,963 and 16,131 parameters (supplement Tab. 3).
+    The last block has no ReLU, as inputs are signed. The authors' code has no ReLU and no padding.
     """
 
     def __init__(self, shape, args):
@@ -109,11 +114,13 @@ class Hallucinator(nn.Module):
         decoder = []
         for i, o in pairwise([*widths[::-1], shape[0]]):
             decoder += [nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(i, o, 3, padding=1)]
-        self.encoder = nn.Sequential(*encoder[1:])  # no pooling before the first convolution
-        self.decoder = nn.Sequential(*decoder[2:])  # no ReLU and upsampling before it
+        # no pooling before the first convolution; no ReLU and upsampling before its counterpart
+        self.encoder = nn.Sequential(*encoder[1:])
+        self.decoder = nn.Sequential(*decoder[2:])
         features = self.encoder(torch.zeros(1, basis_channels, *shape[1:]))[0]
-        self.scale = nn.Parameter(torch.ones_like(features))  # sigma
-        self.shift = nn.Parameter(torch.zeros_like(features))  # mu
+        # sigma and mu
+        self.scale = nn.Parameter(torch.ones_like(features))
+        self.shift = nn.Parameter(torch.zeros_like(features))
 
     def forward(self, x):
         return self.decoder(self.scale * self.encoder(x) + self.shift)
@@ -149,7 +156,8 @@ class FactorizedSet(nn.Module):
         modules = self.hallucinators[j]
         bases = self.bases
         if len(modules) == 1:
-            bases, index = bases[index], slice(None)
+            bases = bases[index]
+            index = slice(None)
         bases = F.interpolate(bases, self.shape[1:], mode="bilinear")
         parts = zip(modules, bases.chunk(len(modules)), strict=True)
         images = torch.cat([module(part) for module, part in parts])
@@ -161,10 +169,8 @@ class FactorizedSet(nn.Module):
 
 
 def contrastive_loss(features, labels, temperature=0.07):
-    """L_con (Eq. 3) of features (n, d), labels (n,). Positives: the class (Eq. 3: the basis).
-
-    Features of length 1 and a mean over images, as in the authors' code (Eq. 3: neither).
-    """
+    """L_con (Eq. 3) of features (n, d), labels (n,). Positives: the class (Eq. 3: the basis)."""
+    # features of length 1 and a mean over images, as in the authors' code (Eq. 3: neither)
     x = F.normalize(features)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     log_p = (x @ x.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
@@ -172,19 +178,147 @@ def contrastive_loss(features, labels, temperature=0.07):
     return -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
 
 
+# ------------------------------------------------------------ trajectories, as in mtt.py
+
+
+def load_experts(data, args, record):
+    """Load expert trajectories (MTT Sec. 3.1), train missing ones -> (experts, epochs + 1, P).
+
+    A new run takes existing files, also of other seeds (with --iterations 0 only its own, so that
+    an array job fills one folder); a continued run takes those that its checkpoint, record, names.
+    """
+    name = f"{data.name}_{data.fingerprint}" + "_no-flip" * (not data.flip)
+    folder = pathlib.Path(args.data_dir) / "experts" / name
+    own = [f"seed{args.seed}_expert{i:03d}.pt" for i in range(args.experts)]
+    found = {path.name for path in folder.glob("seed*.pt")} if args.iterations else set()
+    ranked = sorted({*own, *found}, key=lambda name: (name not in found, name not in own, name))
+    names = record.setdefault("experts", sorted(ranked[: args.experts]))
+    epochs = args.max_start - 1 + args.expert_epochs
+    return torch.stack([train_expert(data, folder / name, epochs) for name in names])
+
+
+def train_expert(data, path, epochs):
+    """Load an expert, train what is missing (SGD, lr 0.01, batch 256, DSA) -> (epochs + 1, P)."""
+    net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(path.stem)
+    trajectory = flatten(net)[None]
+    if path.exists():
+        trajectory = common.load(path, "an expert").to(data.device)
+        net.load_state_dict(unflatten(net, trajectory[-1]))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    real = data.train[None], data.train_labels, common.Protocol()
+    for epoch in common.progress(range(len(trajectory) - 1, epochs), path.stem):
+        common.train_epoch(net, optimizer, data, *real, path.stem, epoch)
+        trajectory = torch.cat([trajectory, flatten(net)[None]])
+        common.save(trajectory.cpu(), path)
+    return trajectory[: epochs + 1]
+
+
+def sample_segment(experts, args, *key):
+    """Parameters (P,) of a random expert at epochs t and t + M, t < max_start (the paper: <=)."""
+    expert = experts[common.hash_int(*key, "expert") % len(experts)]
+    t = common.hash_int(*key, "start") % args.max_start
+    return expert[t], expert[t + args.expert_epochs]
+
+
+def student_indices(count, batch, step, *key, device="cpu"):
+    """Draw the images of a student step: all (a slice), or a batch of a shuffled pass (b,)."""
+    if not 0 < batch < count:
+        return slice(None)
+    # the rest of a pass that does not fill a batch is dropped; the authors' code uses it
+    steps = count // batch
+    common.seed(*key, "pass", step // steps)
+    return torch.randperm(count, device=device)[step % steps * batch :][:batch]
+
+
+def flatten(net):
+    """All parameters as one detached vector (P,)."""
+    return nn.utils.parameters_to_vector(net.parameters()).detach()
+
+
+def unflatten(net, flat):
+    """Inverse of `flatten`: a vector (P,) -> {name: view}, for functional_call."""
+    named = dict(net.named_parameters())
+    parts = flat.split([p.numel() for p in named.values()])
+    return {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
+
+
+def student_gradient(net, params, images, labels, create_graph=True):
+    """Compute the gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf."""
+    with common.autocast(params.device):
+        logits = functional_call(net, unflatten(net, params), images)
+    loss = F.cross_entropy(logits.to(params.dtype), labels)
+    return torch.autograd.grad(loss, params, create_graph=create_graph)[0]
+
+
+@lru_cache(2)
+def graphed_gradient(net, shape, create_graph):
+    """Capture student_gradient for images of `shape` as a CUDA graph; on a CPU: as it is."""
+    params = flatten(net).requires_grad_()
+    step = partial(student_gradient, net, create_graph=create_graph)
+    if not params.is_cuda:
+        return step
+    images = torch.zeros(shape, dtype=params.dtype, device=params.device).requires_grad_()
+    labels = torch.zeros(shape[0], dtype=torch.int64, device=params.device)
+    # one launch in place of hundreds; a call overwrites the result of the last one
+    graphed = torch.cuda.make_graphed_callables(step, (params, images, labels))
+    # a product, as autograd may keep the graph's memory as the .grad of a leaf
+    return lambda params, images, labels: graphed(params, images * 1, labels)
+
+
+def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
+    """Match an expert's segment from start to target (P,) (HaBa Eq. 7, survey Eq. 30).
+
+    batch(n) -> images, labels of step n; gradients accumulate in its leaves. The last `kept` steps
+    keep their graphs (on a GPU none), others are rebuilt. -> loss, gradient of step_size (0-d).
+    """
+    lr = step_size.detach()
+    student = start
+    tape = []
+    for n in range(steps):
+        keep = n >= steps - kept and not start.is_cuda
+        with torch.set_grad_enabled(keep):
+            images, labels = batch(n)
+        params = student.detach().requires_grad_()
+        gradient = graphed_gradient(net, images.shape, keep)(params, images, labels)
+        tape.append((params, gradient if keep else None))
+        student = student - lr * gradient.detach()
+
+    scale = (start - target).square().sum()
+    loss = (student - target).square().sum() / scale
+    # dL / d student, carried back step by step
+    adjoint = 2 * (student - target) / scale
+    step_size_grad = torch.zeros_like(lr)
+    for n in reversed(range(steps)):
+        params, gradient = tape.pop()
+        if gradient is None:
+            images, labels = batch(n)
+            gradient = graphed_gradient(net, images.shape, True)(params, images, labels)
+        step_size_grad -= gradient.detach() @ adjoint
+        # accumulates in batch's leaves and params.grad
+        (-lr * (gradient @ adjoint)).backward()
+        adjoint = adjoint + params.grad
+    return loss, step_size_grad
+
+
+# ------------------------------------------------------------ HaBa
+
+
 def distill(data, args, path):
     """Factorize `data` (supplement Alg. 1) -> content of the file, or None."""
+    mtt = args.objective == "mtt"
+    if mtt and args.iterations == 0:
+        load_experts(data, args, {})
+        return None
+    if not mtt:
+        args = replace(args, batch_real=data.at_most(args.batch_real))
+    run = common.Run(path, data, args)
     # Bases start as real images (Alg. 1: random)
     bases, _ = data.sample(args.bpc, args.seed, "start")
     if args.basis_channels not in (0, data.shape[0]):
         bases = bases.mean(1, keepdim=True).repeat(1, args.basis_channels, 1, 1)
     bases = F.interpolate(bases, args.basis_size or data.shape[1], mode="bilinear", antialias=True)
     factors = FactorizedSet(bases, data.shape, len(data.classes), args).to(data.device)
-    mtt = args.objective == "mtt"
-    experts = common.load_experts(data, args) if mtt else None
-    if args.iterations == 0:
-        return None
-
+    experts = load_experts(data, args, run.record) if mtt else None
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device)
     adversary = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(args.seed, "F")
     step_size = torch.tensor(args.step_size, device=data.device)
@@ -198,25 +332,25 @@ def distill(data, args, path):
     alpha = step_size if mtt else None
 
     def evaluate(k):
-        rest = (factors.labels, protocol(vars(args)), args, alpha)
-        return common.train_and_test(data, factors.all_images().detach(), *rest, k)
+        images = factors.all_images().detach()
+        return common.train_and_test(data, images, factors.labels, protocol(args), args, alpha, k)
 
     state = {"factors": factors, "adversary": adversary, "net": net, "step_size": step_size}
     state |= {"optimizer": optimizer, "adversary_optimizer": adversary_optimizer}
-    run = common.Run(path, data, args, state, evaluate, experts)
+    run.restore(state, evaluate)
+    steps = args.student_steps
+    kept = 550 * 32 * 32 // (args.batch or len(bases)) // data.train[0, 0].numel() - 2
     use_adversary = args.hallucinators > 1 and args.weight_cos > 0
-    for it in range(run.start, args.iterations):
+    for it in common.progress(range(run.start, args.iterations), "iterations"):
         # Zeros, never None: factors that are not drawn move by momentum (Alg. 1: not at all)
         for p in factors.parameters():
             p.grad = torch.zeros_like(p)
 
         # L_DD (Eq. 6, 7): the gradient accumulates in bases and hallucinators
         if mtt:
-            start, target = common.sample_segment(experts, args, args.seed, it)
+            segment = sample_segment(experts, args, args.seed, it)
             batch = partial(student_batch, factors, data, args, it)
-            loss, step_size.grad = common.match_trajectory(
-                net, start, target, step_size, batch, args.student_steps
-            )
+            loss, step_size.grad = match_trajectory(net, *segment, step_size, batch, steps, kept)
         else:
             loss = match_classes(net, factors, data, args, it)
 
@@ -226,14 +360,17 @@ def distill(data, args, path):
             features = adversary.features(images)
             cosine = F.cosine_similarity(*features.chunk(2)).mean() / 2
             weight = args.weight_cos
-            if not mtt:  # relative, as DM's gradient is far larger than that of L_cos
+            if not mtt:
+                # relative, as DM's gradient is far larger than that of L_cos
                 (gradient,) = torch.autograd.grad(cosine, factors.bases, retain_graph=True)
                 weight = weight * factors.bases.grad.norm() / gradient.norm()
             (weight * cosine).backward(inputs=list(factors.parameters()))
 
         # Alg. 1, lines 11, 12
         optimizer.step()
-        step_size.clamp_(min=0.001)  # as in the authors' code
+        # at least 0.001 as in the authors' code; NaN, which no checkpoint takes, if it diverges
+        step_size.clamp_(min=0.001)
+        step_size.masked_fill_(step_size > 100 * args.step_size, torch.nan)
 
         # L_F (Eq. 4; lines 13, 14): the same pair, hallucinated anew (authors' code: a new pair)
         if use_adversary:
@@ -252,7 +389,7 @@ def distill(data, args, path):
 def student_batch(factors, data, args, it, n):
     """Images, labels of step n through one hallucinator, as in the authors' code (Alg. 1: two)."""
     key = (args.seed, it, "batch")
-    index = common.student_indices(len(factors.bases), args.batch, n, *key, device=data.device)
+    index = student_indices(len(factors.bases), args.batch, n, *key, device=data.device)
     j = common.hash_int(*key, n, "hallucinator") % len(factors.hallucinators)
     return args.augment(factors(index, j), data.flip, *key, n), factors.labels[index]
 
@@ -260,7 +397,7 @@ def student_batch(factors, data, args, it, n):
 def hallucinate_pair(factors, data, args, it):
     """Bases through two hallucinators, with DSA as in the authors' code -> (2 b, ...), (2 b,)."""
     key = (args.seed, it, "pair")
-    index = common.student_indices(len(factors.bases), args.batch, 0, *key, device=data.device)
+    index = student_indices(len(factors.bases), args.batch, 0, *key, device=data.device)
     j = common.hash_int(*key, "j") % args.hallucinators
     k = (j + 1 + common.hash_int(*key, "k") % (args.hallucinators - 1)) % args.hallucinators
     images = torch.cat([factors(index, j), factors(index, k)])
@@ -273,17 +410,19 @@ def match_classes(net, factors, data, args, it):
     Siamese DSA. All hallucinators take part: two would bias the mean features (KFS Eq. 2).
     """
     images = factors.all_images()
-    leaf = images.detach().requires_grad_()  # collects the gradient of all classes
+    # collects the gradient of all classes
+    leaf = images.detach().requires_grad_()
     if args.objective == "dm" or it % args.matches == 0:
         net.reset(args.seed, it)
-    else:  # train the network on the set (survey Eq. 20)
+    else:
+        # train the network on the set (survey Eq. 20)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        rest = (data, leaf.detach(), factors.labels, protocol(vars(args)), args.seed, it - 1)
+        rest = (data, leaf.detach(), factors.labels, protocol(args), args.seed, it - 1)
         for epoch in range(args.net_epochs):
             common.train_epoch(net, optimizer, *rest, epoch)
 
     classes = len(data.classes)
-    real, _ = data.sample(min(args.batch_real, data.smallest_class), args.seed, it, "real")
+    real, _ = data.sample(args.batch_real, args.seed, it, "real")
     distance = feature_distance if args.objective == "dm" else gradient_distance
     total = 0
     for c in range(classes):
@@ -303,10 +442,8 @@ def feature_distance(net, real, ours, c):
 
 
 def gradient_distance(net, real, ours, c):
-    """DC (survey Eq. 22, 23): 1 - cosine of the gradients of each output unit, summed.
-
-    As in the authors' code: without biases and norm layers, 1e-6 added to the product of lengths.
-    """
+    """DC (survey Eq. 22, 23): 1 - cosine of the gradients of each output unit, summed."""
+    # as in the authors' code: without biases and norm layers, 1e-6 added to the product of lengths
     weights = [p for p in net.parameters() if p.ndim > 1]
     gradients = []
     for x in (real, ours):
@@ -317,6 +454,9 @@ def gradient_distance(net, real, ours, c):
         lengths = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
         total = total + (1 - (a * b).flatten(1).sum(1) / (lengths + 1e-6)).sum()
     return total
+
+
+# ------------------------------------------------------------ the distilled file
 
 
 @torch.no_grad()
@@ -330,9 +470,9 @@ def decode(distilled, device="cpu"):
     return factors.all_images(), factors.labels
 
 
-def protocol(settings, count=None):
+def protocol(args):
     """MTT's training protocol; an epoch uses each basis once, with a drawn hallucinator."""
-    return common.Protocol(augment=Args(**settings).augment)
+    return common.Protocol(augment=args.augment)
 
 
 def save_picture(path, data, distilled, images):
@@ -348,13 +488,13 @@ def save_picture(path, data, distilled, images):
 def main():
     args = common.parse_args(Args, PRESETS)
     path = common.output_path(args, "" if args.objective == "mtt" else f"_{args.objective}")
-    data = common.load_dataset(args)
+    data = common.load_dataset(args, common.setup(args))
     distilled = distill(data, args, path)
     if distilled:
         images, labels = decode(distilled, data.device)
         save_picture(path.with_suffix(".png"), data, distilled, images)
-        common.score(data, distilled, images, labels, protocol(distilled["settings"]), args)
+        common.score(data, distilled, images, labels, protocol(args), args)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.cli(main)

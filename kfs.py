@@ -33,20 +33,22 @@ from common import arg
 
 @dataclass
 class Args(common.Args):
-    free = ("scoring",)
+    free = common.Args.free + ("scoring",)
     ipc: int = arg(1, "storage of the codes, in images per class; the decoders come on top")
     iterations: int = arg(20000, "iterations of the distillation")
     lr_codes: float = arg(0.1, "learning rate of the codes (Adam)")
     lr_decoders: float = arg(0.01, "learning rate of the decoders (Adam)")
     drops: tuple = arg((), "iterations after which both rates are multiplied by 0.2")
     high_res: bool = arg(False, "High-R: codes of 1/4 side, 2-layer decoders (else 1/8, 3 layers)")
-    codes: int = arg(0, "M: codes per class; 0: as many as fit into the storage")
+    codes: int = arg(0, "M: codes per class; 0: as many as fit into the storage", 0)
     decoders: int = arg(8, "D: decoders")
     pretrain: int = arg(2000, "auto-encoder steps; it initializes codes and decoders")
-    real_means: int = arg(0, "K: stored networks, used in turn; 0: a new one in each iteration")
-    sample_decoders: int = arg(0, "decoders in an iteration (biased gradient, Eq. 2); 0: all")
-    batch_real: int = arg(0, "real images per class and iteration (noisy gradient, Eq. 3); 0: all")
-    backprop: int = arg(0, "codes per class to backpropagate through (Sec. 3.2); 0: all")
+    real_means: int = arg(0, "K: stored networks, used in turn; 0: a new one in each iteration", 0)
+    sample_decoders: int = arg(0, "decoders in an iteration (biased gradient, Eq. 2); 0: all", 0)
+    batch_real: int = arg(
+        0, "real images per class and iteration (noisy gradient, Eq. 3); 0: all", 0
+    )
+    backprop: int = arg(0, "codes per class to backpropagate through (Sec. 3.2); 0: all", 0)
     fixed_decoders: str = arg("", "file whose decoders are kept, for class-incremental learning")
     scoring: Literal["idc", "dsa"] = arg("idc", "augmentation: IDC's with CutMix, or DSA")
 
@@ -61,9 +63,8 @@ PRESETS = {
 class Decoders(nn.Module):
     """D decoders as the groups of grouped transposed convolutions (Tables 4, 5).
 
-    With widths 12, 9, 6, 3 and kernel 2, a decoder has 738 parameters (App. B has kernel 4 for
-    ImageNet; not here). The only nonlinearity is a final sigmoid; its pixels are then standardized
-    by mean and std (c, 1, 1).
+    With widths 12, 9, 6, 3 and kernel 2, a decoder has 738 parameters (App. B: kernel 4 for
+    ImageNet). A final sigmoid gives pixels, which are then standardized by mean, std (c, 1, 1).
     """
 
     def __init__(self, count, args, shape, mean, std):
@@ -82,7 +83,9 @@ class Decoders(nn.Module):
         """Codes (B, c', h', w') -> images (B, D, c, h, w), preprocessed."""
         x = self.layers(codes.repeat(1, self.count, 1, 1))
         h, w = self.shape[1:]
-        top, left = (x.shape[2] - h) // 2, (x.shape[3] - w) // 2  # sides were rounded up
+        # sides were rounded up
+        top = (x.shape[2] - h) // 2
+        left = (x.shape[3] - w) // 2
         x = x[:, :, top : top + h, left : left + w].unflatten(1, (self.count, -1))
         return (x.sigmoid() - self.mean) / self.std
 
@@ -91,8 +94,7 @@ def layout(args, shape):
     """Shape of a code, number of codes M, and widths of the decoders.
 
     Tables 6 and 9 (shapes) are missing from our copy of the paper. Its text has, for 3x32x32, codes
-    of 12x4x4 and 8 decoders of widths 12, 9, 6, 3 (Low-R). One image has room for 16 codes, ten for
-    160 (printed: 16). The preset for ten takes High-R: 40 codes of 12x8x8, widths 12, 6, 3.
+    of 12x4x4, 16 for one image, 160 for ten (printed: 16; there the preset takes High-R: 12x8x8).
     """
     c, h, w = shape
     cell = 4 if args.high_res else 8
@@ -105,11 +107,13 @@ def layout(args, shape):
 def start_factors(data, args, fixed=None):
     """Pre-train a decoder as an auto-encoder and copy it D times (App. A) -> codes, Decoders.
 
-    codes (C, M, c', h', w') are encoded real images, a choice of ours. Identical decoders get
-    identical gradients from Eq. 1; noise of a tenth of the weights' size breaks the symmetry.
-    fixed: Decoders to keep; then the encoder alone is trained.
+    codes (C, M, c', h', w') are encoded real images, a choice of ours. fixed: Decoders to keep;
+    then the encoder alone is trained.
     """
     code, count, widths = layout(args, data.shape)
+    fewest = data.smallest_class
+    if count > fewest:
+        raise common.UserError(f"{count} codes start from {fewest} images: lower --ipc or --codes")
     statistics = data.preprocess.mean, data.preprocess.std
     common.seed(args.seed, "auto-encoder")
     pairs = pairwise(widths[::-1])
@@ -119,23 +123,22 @@ def start_factors(data, args, fixed=None):
     border = (border // 2, border - border // 2) * 2
 
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=0.01)
-    progress = common.Progress(args.pretrain, "pre-training")
-    for step in range(args.pretrain):
+    for step in common.progress(range(args.pretrain), "pre-training"):
         images, _ = data.batch(256, args.seed, "auto-encoder", step)
         decoded = decoder(encoder(F.pad(images, border, mode="replicate")))
         loss = (decoded - images[:, None]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        progress.step()
 
     with torch.no_grad():
-        images, _ = data.sample(args.codes or min(count, data.smallest_class), args.seed, "codes")
+        images, _ = data.sample(count, args.seed, "codes")
         codes = encoder(F.pad(images, border, mode="replicate"))
         codes = codes.unflatten(0, (len(data.classes), -1))
         if fixed:
             return codes, fixed
         decoders = Decoders(args.decoders, args, data.shape, *statistics)
+        # identical decoders get identical gradients from Eq. 1; noise breaks the symmetry
         common.seed(args.seed, "noise")
         for p, one in zip(decoders.parameters(), decoder.cpu().parameters(), strict=True):
             # axis 0 of a grouped layer: the inputs (weights) or outputs (biases) of all groups
@@ -148,11 +151,13 @@ def distill(data, args, path):
     """Condense `data` into codes and decoders -> content of the distilled file `path`."""
     if args.zca:
         raise common.UserError("decoders give pixels in [0, 1], not whitened ones: leave out --zca")
+    args = replace(args, batch_real=data.at_most(args.batch_real))
+    run = common.Run(path, data, args)
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
     real_means = load_real_means(net, data, args) if args.real_means else None
     fixed = load_decoders(args, data) if args.fixed_decoders else None
-    resumed = path.with_suffix(".ckpt").exists()  # then the checkpoint replaces the pre-training
-    codes, decoders = start_factors(data, replace(args, pretrain=0) if resumed else args, fixed)
+    # the checkpoint of a run that is continued takes the place of the pre-training
+    codes, decoders = start_factors(data, replace(args, pretrain=0) if run.start else args, fixed)
     groups = [
         {"params": [codes.requires_grad_()], "lr": args.lr_codes},
         {"params": decoders.parameters(), "lr": args.lr_decoders},
@@ -160,23 +165,25 @@ def distill(data, args, path):
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.drops, gamma=0.2)
     state = {"codes": codes, "optimizer": optimizer, "schedule": schedule}
-    if not fixed:  # those of the file are never taken from a checkpoint
+    if not fixed:
+        # those of a file are never taken from a checkpoint
         state["decoders"] = decoders
 
     def evaluate(k):
-        rest = (protocol(vars(args)), args)
+        rest = (protocol(args), args)
         return common.train_and_test(data, *images_of(codes, decoders), *rest, k=k)
 
-    run = common.Run(path, data, args, state, evaluate)
-    for it in range(run.start, args.iterations):
+    run.restore(state, evaluate)
+    for it in common.progress(range(run.start, args.iterations), "iterations"):
         key = (args.seed, it)
         if real_means:
             weights, target = (stored[it % args.real_means] for stored in real_means)
             nn.utils.vector_to_parameters(weights, net.parameters())
         else:
             net.reset(*key)
-            n = min(args.batch_real, data.smallest_class)
-            real = data.sample(n, *key, "real") if n else (data.train, data.train_labels)
+            real = data.train, data.train_labels
+            if args.batch_real:
+                real = data.sample(args.batch_real, *key, "real")
             target = class_means(net, data, *real)
         optimizer.zero_grad()
         loss = match_distribution(net, target, codes, decoders, args, *key)
@@ -196,10 +203,12 @@ def match_distribution(net, target, codes, decoders, args, *key):
     """
     classes, m = codes.shape[:2]
     used_decoders = used_codes = slice(None)
-    if args.sample_decoders:  # biased: the mean is over a sample (Eq. 2)
+    if args.sample_decoders:
+        # biased: the mean is over a sample (Eq. 2)
         common.seed(*key, "decoders")
         used_decoders = torch.randperm(decoders.count, device=codes.device)[: args.sample_decoders]
-    if args.backprop:  # unbiased: the mean is over all codes, the gradient through a sample
+    if args.backprop:
+        # unbiased: the mean is over all codes, the gradient through a sample
         common.seed(*key, "codes")
         used_codes = torch.randperm(m, device=codes.device)[: args.backprop]
 
@@ -227,17 +236,16 @@ def load_real_means(net, data, args):
     """Load or compute K random networks (K, P) and their class means (K, C, d) (Sec. 3.2)."""
     if args.batch_real:
         raise common.UserError("--real-means are over all real images: leave out --batch-real")
-    name = f"{data.name}_{data.preprocess.fingerprint}" + "_bf16" * common.is_bfloat16(data.device)
-    progress = common.Progress(args.real_means, "real means")
+    name = f"{data.name}_{data.fingerprint}" + "_bf16" * common.is_bfloat16(data.device)
     stored = []
-    for k in range(args.real_means):
+    for k in common.progress(range(args.real_means), "real means"):
         path = pathlib.Path(args.data_dir) / "real_means" / name / f"network{k:05d}.pt"
         if not path.exists():
             net.reset("real means", k)
             means = class_means(net, data, data.train, data.train_labels)
-            common.save([common.flatten(net).cpu(), means.cpu()], path)
+            weights = nn.utils.parameters_to_vector(net.parameters())
+            common.save([weights.cpu(), means.cpu()], path)
         stored.append(common.load(path, "stored real means"))
-        progress.step()
     return [torch.stack(tensors).to(data.device) for tensors in zip(*stored, strict=True)]
 
 
@@ -252,8 +260,8 @@ def open_factors(distilled, device="cpu"):
 
 def load_decoders(args, data):
     """The Decoders of args.fixed_decoders, for other classes of a data set (App. A)."""
-    distilled = common.load(args.fixed_decoders, "a distilled file of kfs.py")
-    settings = distilled.get("settings", {}) if isinstance(distilled, dict) else {}
+    distilled = common.load(args.fixed_decoders, "a distilled file of kfs.py", "settings")
+    settings = distilled["settings"]
     names = ("dataset", "size", "high_res", "decoders")
     if any(settings.get(name) != vars(args)[name] for name in names):
         raise common.UserError(
@@ -275,10 +283,10 @@ def decode(distilled, device="cpu"):
     return images_of(*open_factors(distilled, device))
 
 
-def protocol(settings, count=None):
+def protocol(args):
     """App. A: 200 epochs, lr x 0.2 at 133 and 166. It names no augmentation: we take IDC's."""
     own = {"epochs": 200, "drops": (133 / 200, 166 / 200), "decay": 0.2}
-    if settings["scoring"] == "idc":
+    if args.scoring == "idc":
         own |= {"augment": idc_augment, "mix": cutmix}
     return common.Protocol(**own)
 
@@ -309,13 +317,13 @@ def cutmix(images, labels, *key):
 def main():
     args = common.parse_args(Args, PRESETS)
     path = common.output_path(args)
-    data = common.load_dataset(args)
+    data = common.load_dataset(args, common.setup(args))
     distilled = distill(data, args, path)
     images, labels = decode(distilled, data.device)
     shown = images[0].unflatten(0, (len(data.classes), -1, args.decoders))[:, :2]
     common.save_grid(path.with_suffix(".png"), data, shown.flatten(0, 2), columns=args.decoders)
-    common.score(data, distilled, images, labels, protocol(vars(args)), args)
+    common.score(data, distilled, images, labels, protocol(args), args)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.cli(main)

@@ -17,10 +17,14 @@ Measured on CIFAR-10, --ipc 1: 42.8 +- 0.4 % with --iterations 1000 --experts 16
 --step-size 0.005.
 """
 
+import pathlib
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
 
 import common
 from common import arg
@@ -29,7 +33,7 @@ from common import arg
 @dataclass
 class Args(common.Args):
     ipc: int = arg(1, "synthetic images per class")
-    iterations: int = arg(5000, "iterations of the distillation; 0: train the experts only")
+    iterations: int = arg(5000, "iterations of the distillation; 0: train the experts only", 0)
     experts: int = arg(100, "expert trajectories; missing ones are trained")
     student_steps: int = arg(20, "N: student steps per iteration")
     expert_epochs: int = arg(2, "M: expert epochs to match")
@@ -37,10 +41,11 @@ class Args(common.Args):
     step_size: float = arg(0.01, "first value of alpha, the learning rate of the student")
     lr_step: float = arg(1e-5, "learning rate of alpha (SGD, momentum 0.5)")
     lr_images: float = arg(1000.0, "learning rate of the pixels (SGD, momentum 0.5)")
-    batch: int = arg(0, "synthetic images per student step; 0: all")
+    batch: int = arg(0, "synthetic images per student step; 0: all", 0)
 
 
-PRESETS = {  # the authors' settings
+# The authors' settings
+PRESETS = {
     ("cifar10", 1): dict(zca=True, student_steps=50, max_start=2, lr_images=100.0, lr_step=1e-7),
     ("cifar10", 10): dict(zca=True, student_steps=30, lr_images=100.0, step_size=0.001),
     ("cifar10", 50): dict(student_steps=30, max_start=40, step_size=0.001),
@@ -51,10 +56,134 @@ PRESETS = {  # the authors' settings
     ("imagenet10", 10): dict(max_start=10, lr_step=1e-6, batch=20),
     ("tinyimagenet", 1): dict(student_steps=10, max_start=10, lr_images=1e4, lr_step=1e-4),
     ("tinyimagenet", 10): dict(max_start=40, lr_images=1e4, lr_step=1e-4, batch=200),
+    ("glyphs", 1): dict(iterations=100, experts=2, expert_epochs=4, max_start=5, step_size=0.005)
+    | dict(lr_images=100.0, lr_step=1e-7, runs=2, epochs=200),
 }
-PRESETS["glyphs", 1] = PRESETS["cifar10", 1] | dict(zca=False, experts=2, expert_epochs=4)
-PRESETS["glyphs", 1] |= dict(max_start=5, student_steps=20, step_size=0.005, iterations=100)
-PRESETS["glyphs", 1] |= dict(runs=2, epochs=200)
+
+
+# ------------------------------------------------------------ trajectories, as in haba.py
+
+
+def load_experts(data, args, record):
+    """Load expert trajectories (MTT Sec. 3.1), train missing ones -> (experts, epochs + 1, P).
+
+    A new run takes existing files, also of other seeds (with --iterations 0 only its own, so that
+    an array job fills one folder); a continued run takes those that its checkpoint, record, names.
+    """
+    name = f"{data.name}_{data.fingerprint}" + "_no-flip" * (not data.flip)
+    folder = pathlib.Path(args.data_dir) / "experts" / name
+    own = [f"seed{args.seed}_expert{i:03d}.pt" for i in range(args.experts)]
+    found = {path.name for path in folder.glob("seed*.pt")} if args.iterations else set()
+    ranked = sorted({*own, *found}, key=lambda name: (name not in found, name not in own, name))
+    names = record.setdefault("experts", sorted(ranked[: args.experts]))
+    epochs = args.max_start - 1 + args.expert_epochs
+    return torch.stack([train_expert(data, folder / name, epochs) for name in names])
+
+
+def train_expert(data, path, epochs):
+    """Load an expert, train what is missing (SGD, lr 0.01, batch 256, DSA) -> (epochs + 1, P)."""
+    net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(path.stem)
+    trajectory = flatten(net)[None]
+    if path.exists():
+        trajectory = common.load(path, "an expert").to(data.device)
+        net.load_state_dict(unflatten(net, trajectory[-1]))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    real = data.train[None], data.train_labels, common.Protocol()
+    for epoch in common.progress(range(len(trajectory) - 1, epochs), path.stem):
+        common.train_epoch(net, optimizer, data, *real, path.stem, epoch)
+        trajectory = torch.cat([trajectory, flatten(net)[None]])
+        common.save(trajectory.cpu(), path)
+    return trajectory[: epochs + 1]
+
+
+def sample_segment(experts, args, *key):
+    """Parameters (P,) of a random expert at epochs t and t + M, t < max_start (the paper: <=)."""
+    expert = experts[common.hash_int(*key, "expert") % len(experts)]
+    t = common.hash_int(*key, "start") % args.max_start
+    return expert[t], expert[t + args.expert_epochs]
+
+
+def student_indices(count, batch, step, *key, device="cpu"):
+    """Draw the images of a student step: all (a slice), or a batch of a shuffled pass (b,)."""
+    if not 0 < batch < count:
+        return slice(None)
+    # the rest of a pass that does not fill a batch is dropped; the authors' code uses it
+    steps = count // batch
+    common.seed(*key, "pass", step // steps)
+    return torch.randperm(count, device=device)[step % steps * batch :][:batch]
+
+
+def flatten(net):
+    """All parameters as one detached vector (P,)."""
+    return nn.utils.parameters_to_vector(net.parameters()).detach()
+
+
+def unflatten(net, flat):
+    """Inverse of `flatten`: a vector (P,) -> {name: view}, for functional_call."""
+    named = dict(net.named_parameters())
+    parts = flat.split([p.numel() for p in named.values()])
+    return {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
+
+
+def student_gradient(net, params, images, labels, create_graph=True):
+    """Compute the gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf."""
+    with common.autocast(params.device):
+        logits = functional_call(net, unflatten(net, params), images)
+    loss = F.cross_entropy(logits.to(params.dtype), labels)
+    return torch.autograd.grad(loss, params, create_graph=create_graph)[0]
+
+
+@lru_cache(2)
+def graphed_gradient(net, shape, create_graph):
+    """Capture student_gradient for images of `shape` as a CUDA graph; on a CPU: as it is."""
+    params = flatten(net).requires_grad_()
+    step = partial(student_gradient, net, create_graph=create_graph)
+    if not params.is_cuda:
+        return step
+    images = torch.zeros(shape, dtype=params.dtype, device=params.device).requires_grad_()
+    labels = torch.zeros(shape[0], dtype=torch.int64, device=params.device)
+    # one launch in place of hundreds; a call overwrites the result of the last one
+    graphed = torch.cuda.make_graphed_callables(step, (params, images, labels))
+    # a product, as autograd may keep the graph's memory as the .grad of a leaf
+    return lambda params, images, labels: graphed(params, images * 1, labels)
+
+
+def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
+    """Match an expert's segment from start to target (P,) (HaBa Eq. 7, survey Eq. 30).
+
+    batch(n) -> images, labels of step n; gradients accumulate in its leaves. The last `kept` steps
+    keep their graphs (on a GPU none), others are rebuilt. -> loss, gradient of step_size (0-d).
+    """
+    lr = step_size.detach()
+    student = start
+    tape = []
+    for n in range(steps):
+        keep = n >= steps - kept and not start.is_cuda
+        with torch.set_grad_enabled(keep):
+            images, labels = batch(n)
+        params = student.detach().requires_grad_()
+        gradient = graphed_gradient(net, images.shape, keep)(params, images, labels)
+        tape.append((params, gradient if keep else None))
+        student = student - lr * gradient.detach()
+
+    scale = (start - target).square().sum()
+    loss = (student - target).square().sum() / scale
+    # dL / d student, carried back step by step
+    adjoint = 2 * (student - target) / scale
+    step_size_grad = torch.zeros_like(lr)
+    for n in reversed(range(steps)):
+        params, gradient = tape.pop()
+        if gradient is None:
+            images, labels = batch(n)
+            gradient = graphed_gradient(net, images.shape, True)(params, images, labels)
+        step_size_grad -= gradient.detach() @ adjoint
+        # accumulates in batch's leaves and params.grad
+        (-lr * (gradient @ adjoint)).backward()
+        adjoint = adjoint + params.grad
+    return loss, step_size_grad
+
+
+# ------------------------------------------------------------ MTT
 
 
 def distill(data, args, path):
@@ -62,31 +191,37 @@ def distill(data, args, path):
 
     With --iterations 0 only the experts are trained -> None.
     """
+    if args.iterations == 0:
+        load_experts(data, args, {})
+        return None
+    run = common.Run(path, data, args)
     # synthetic images start as real ones
     images, labels = data.sample(args.ipc, args.seed, "start")
-    experts = common.load_experts(data, args)
-    if args.iterations == 0:
-        return None
+    experts = load_experts(data, args, run.record)
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device)
     images.requires_grad_()
     step_size = torch.tensor(args.step_size, device=data.device)
     optimizer = torch.optim.SGD([images], lr=args.lr_images, momentum=0.5)
     step_size_optimizer = torch.optim.SGD([step_size], lr=args.lr_step, momentum=0.5)
+    steps = args.student_steps
+    # as many steps as 550 images of 32x32 fill, less two
+    kept = 550 * 32 * 32 // (args.batch or len(images)) // data.train[0, 0].numel() - 2
 
     state = {"images": images, "step_size": step_size}
     state |= {"optimizer": optimizer, "step_size_optimizer": step_size_optimizer}
-    distilled_set = (images.detach()[None], labels, protocol())  # a view: it follows images
-    evaluate = partial(common.train_and_test, data, *distilled_set, args, step_size)
-    run = common.Run(path, data, args, state, evaluate, experts)
-    for it in range(run.start, args.iterations):
-        start, target = common.sample_segment(experts, args, args.seed, it)
+    # a view: it follows images
+    distilled_set = (images.detach()[None], labels, protocol(args))
+    run.restore(state, partial(common.train_and_test, data, *distilled_set, args, step_size))
+    for it in common.progress(range(run.start, args.iterations), "iterations"):
+        segment = sample_segment(experts, args, args.seed, it)
         batch = partial(student_batch, images, labels, data, args, it)
         optimizer.zero_grad()
-        loss, step_size.grad = common.match_trajectory(
-            net, start, target, step_size, batch, args.student_steps
-        )
+        loss, step_size.grad = match_trajectory(net, *segment, step_size, batch, steps, kept)
         optimizer.step()
         step_size_optimizer.step()
+        # NaN, which no checkpoint takes, where alpha has left 0 .. 100 times its first value
+        outside = (step_size <= 0) | (step_size > 100 * args.step_size)
+        step_size.masked_fill_(outside, torch.nan)
         run.step(it, loss)
 
     tensors = {"images": images, "labels": labels}
@@ -96,8 +231,11 @@ def distill(data, args, path):
 def student_batch(images, labels, data, args, it, n):
     """Augmented synthetic images (b, c, h, w) and labels of student step n of iteration `it`."""
     key = (args.seed, it, "batch")
-    index = common.student_indices(len(images), args.batch, n, *key, device=data.device)
+    index = student_indices(len(images), args.batch, n, *key, device=data.device)
     return common.dsa(images[index], data.flip, *key, n), labels[index]
+
+
+# ------------------------------------------------------------ the distilled file
 
 
 def decode(distilled, device="cpu"):
@@ -105,7 +243,7 @@ def decode(distilled, device="cpu"):
     return distilled["images"].to(device)[None], distilled["labels"].to(device)
 
 
-def protocol(settings=None, count=None):
+def protocol(args):
     """The training protocol of MTT's authors; the learning rate is the learned alpha."""
     return common.Protocol()
 
@@ -113,13 +251,13 @@ def protocol(settings=None, count=None):
 def main():
     args = common.parse_args(Args, PRESETS)
     path = common.output_path(args)
-    data = common.load_dataset(args)
+    data = common.load_dataset(args, common.setup(args))
     distilled = distill(data, args, path)
     if distilled:
         images, labels = decode(distilled, data.device)
         common.save_grid(path.with_suffix(".png"), data, images[0], columns=10)
-        common.score(data, distilled, images, labels, protocol(), args)
+        common.score(data, distilled, images, labels, protocol(args), args)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.cli(main)

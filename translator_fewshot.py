@@ -1,9 +1,8 @@
 """Few-shot dataset distillation via translative pre-training (Liu & Wang, ICCV 2023).
 
-Distilling in thousands of networks is slow; in one it is fast, but the result fits that network
-only. So: distill in one random network theta, then translate the images so that they serve any
-network. With features f(X), synthetic images X_S and labels Y_S are judged by neural feature
-regression,
+Distilling in thousands of networks is slow; in one it is fast, but the result fits that one only.
+So: distill in one random network theta, then translate the images so that they serve any network.
+With features f(X), synthetic images X_S and labels Y_S are judged by neural feature regression,
 
     || f(X_T) w* - Y_T ||^2,   w* = f(X_S)^T (f(X_S) f(X_S)^T)^-1 Y_S                      (Eq. 2)
 
@@ -31,6 +30,7 @@ Measured: 37.8 +- 0.2 % after 1,000 steps of pre-training on 24 subsets of tiny3
 
 import math
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -42,8 +42,9 @@ from torch import nn
 import common
 from common import arg
 
-ADAPTED = ("adapted", "scratch", "autoencoder")  # modes that adapt G to the target set
-TRANSLATED = ADAPTED + ("no-adaptation", "pretrain")  # modes with a translator G
+# Modes that adapt G to the target set; modes with a translator G
+ADAPTED = ("adapted", "scratch", "autoencoder")
+TRANSLATED = ADAPTED + ("no-adaptation", "pretrain")
 MODES = TRANSLATED + ("one-net", "bilevel", "baseline")
 
 
@@ -72,7 +73,7 @@ class Args(common.Args):
     inner_steps: int = arg(16, "bi-level: T of Alg. 1")
 
     whitening = "zca-trace"
-    free = ("pretrain_steps",)
+    free = ("runs", "epochs", "pretrain_steps")
 
 
 PRESETS = {
@@ -82,6 +83,106 @@ PRESETS = {
     ("glyphs", 1): dict(zca=False, iterations=200, lr=0.01, adapt_steps=60, lr_adapt=1e-3)
     | dict(batch_real=256, ae_steps=200, outer_steps=10, inner_steps=4, runs=3, epochs=300),
 }
+
+
+# ------------------------------------------------------------ FRePo, as in frepo.py
+
+
+def krr(support, labels, ridge=1e-6):
+    """Kernel ridge regression (survey Eq. 14): w = f^T (f f^T + ridge trace(f f^T) / n I)^-1 y.
+
+    support f (n, d), labels y (n, C) -> w (d, C); features (m, d) @ w are the predictions. In
+    float64, as float32 rounds the ridge away; all NaN if the Cholesky factorization fails.
+    """
+    f = support.double()
+    kernel = f @ f.T
+    eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    factor, failed = torch.linalg.cholesky_ex(kernel + ridge * kernel.diagonal().mean() * eye)
+    factor = torch.where(failed > 0, torch.nan, factor)
+    return (f.T @ torch.cholesky_solve(labels.double(), factor)).to(support.dtype)
+
+
+def half_square(predicted, labels):
+    """Half the squared error, summed over classes, mean over images (survey Eq. 17)."""
+    return 0.5 * (predicted - labels).square().sum(1).mean()
+
+
+def center_labels(labels, classes, scale=1.0):
+    """FRePo's labels for class numbers (n,): (one-hot - 1 / C) / scale, (n, C)."""
+    return (F.one_hot(labels, classes) - 1 / classes) / scale
+
+
+def margin_loss(labels):
+    """FRePo's hinge on soft labels (n, C): -min(largest - second largest, 1 / C), averaged."""
+    first, second = labels.topk(2).values.T
+    return -(first - second).clamp(max=1 / labels.shape[1]).mean()
+
+
+def distill_rate(step, steps):
+    """Factor of the rate of images and labels: half a cosine from 1 to 1/10."""
+    return 0.55 + 0.45 * math.cos(math.pi * step / steps)
+
+
+def frepo_augment(images, flip, *key, scale=False):
+    """Apply FRePo's scoring augmentation; scale: add scaling, as the authors' PyTorch branch."""
+    names = ["color", "crop", "translate", "cutout", "rotate"] + ["flip"] * flip + ["scale"] * scale
+    name = names[common.hash_int(*key) % len(names)]
+    side = images.shape[-1]
+    common.seed(*key)
+    u = torch.rand(len(images), 3, device=images.device)
+    a, b, c = (2 * u - 1).T
+    if name == "color":
+        # brightness +-0.25, saturation and contrast exp(+-0.25)
+        return common.adjust_color(images, a / 4, (b / 4).exp(), (c / 4).exp())
+    if name == "crop":
+        # zoom 0.8 .. 1.25
+        zoom = 1.025 + 0.225 * a
+        return common.warp(images, zoom, 0, 0, zoom, padding="border")
+    if name == "translate":
+        # by up to 1/8 of the side, edges repeated
+        return common.warp(images, 1, 0, 0, 1, a / 4, b / 4, padding="border")
+    if name == "cutout":
+        # a square of a quarter of the side, inside
+        return common.cut(images, (u[:, :2] * (side - side // 4 + 1)).floor(), side // 4)
+    return common.transform(images, name, u)
+
+
+# Training steps by the number of images, as in FRePo's code
+STEPS = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 10000, 2000: 40000}
+
+
+@dataclass
+class FrepoProtocol(common.Protocol):
+    """FRePo's protocol: its ConvNet, squared error on centered labels, AdamW, its augmentation."""
+
+    network: Callable = partial(common.ConvNet, frepo=True)
+    augment: Callable = frepo_augment
+    loss: Callable = half_square
+    epochs: int = 0
+    batch: int = 500
+    lr: float = 3e-4
+    optimizer: Callable = torch.optim.AdamW
+    weight_decay: float = 0.0
+
+    soft_labels = staticmethod(center_labels)
+
+    def length(self, count):
+        nearest = min(STEPS, key=lambda n: abs(math.log(count / n)))
+        return self.epochs or STEPS[nearest] // math.ceil(count / 500)
+
+    def rate(self, epoch, count):
+        """Linear warm-up of 500 steps (at most half of all), then half a cosine to 1/100."""
+        epochs = self.length(count)
+        warm = min(500 / math.ceil(count / self.batch), epochs / 2)
+        if epoch < warm:
+            return self.lr * min(1, (epoch + 1) / warm)
+        return self.lr * (0.505 + 0.495 * math.cos(math.pi * (epoch - warm) / (epochs - warm)))
+
+    def baseline(self):
+        return self
+
+
+# ------------------------------------------------------------ the translator
 
 
 class Translator(nn.Module):
@@ -106,26 +207,27 @@ class Translator(nn.Module):
 
 def build_network(data):
     """Build FRePo's ConvNet with parameters theta, arbitrary but fixed, equal on all devices."""
-    net = common.ConvNet(data.shape, len(data.classes), norm=False, double=True)
+    net = common.ConvNet(data.shape, len(data.classes), frepo=True)
     return net.requires_grad_(False).reset("theta").to(data.device)
 
 
 def fit(net, images, labels, data):
     """Compute w* (d, C) of Eq. 2 for synthetic images and labels."""
-    images = F.interpolate(images, data.shape[1:], mode="bilinear")  # Ours-DS: from half the side
-    if data.flip:  # as in FRePo, with mirror images
+    # Ours-DS has images of half the side
+    images = F.interpolate(images, data.shape[1:], mode="bilinear")
+    # with mirror images, as in FRePo
+    if data.flip:
         images = torch.cat([images, images.flip(3)])
         labels = labels.repeat(2, 1)
-    return common.krr(net.features(images), labels)
+    return krr(net.features(images), labels)
 
 
 def random_network_loss(net, images, labels, data, args, *key):
     """Compute Eq. 2 in a random network theta' (Alg. 1, lines 10 to 13; Alg. 2, 12 to 15)."""
     net.reset(*key)
     real, real_labels = data.batch(args.batch_real, *key, "real")
-    target = common.frozen_features(net, real)
-    target_labels = common.center_labels(real_labels, len(data.classes))
-    return common.half_square(target @ fit(net, images, labels, data), target_labels)
+    predicted = common.frozen_features(net, real) @ fit(net, images, labels, data)
+    return half_square(predicted, center_labels(real_labels, len(data.classes)))
 
 
 def start_synthetic(data, args, *key):
@@ -134,39 +236,39 @@ def start_synthetic(data, args, *key):
     if args.down_sample:
         images = F.avg_pool2d(images, 2)
     classes = len(data.classes)
-    labels = common.center_labels(numbers, classes, math.sqrt(classes / 10))
+    labels = center_labels(numbers, classes, math.sqrt(classes / 10))
     return images.requires_grad_(), labels.requires_grad_()
 
 
 def quadratic_form(theta, data):
-    """Coefficients of Eq. 2, a quadratic in w: f^T f / m (d, d), f^T y / m (d, C), ||y||^2 / m.
-
-    f (m, d): features of all real images. With the coefficients, no step has to read f again.
-    """
+    """Coefficients of Eq. 2, a quadratic in w: f^T f / m (d, d), f^T y / m (d, C), ||y||^2 / m."""
+    # features of all real images (m, d); with the coefficients, no step has to read them again
     f = common.frozen_features(theta, data.train)
-    y = common.center_labels(data.train_labels, len(data.classes))
+    y = center_labels(data.train_labels, len(data.classes))
     return f.T @ f / len(f), f.T @ y / len(f), y.square().sum() / len(f)
 
 
-def distill_in_one_network(theta, data, args, path):
+def distill_in_one_network(theta, images, labels, data, args, path):
     """Distill `data` in theta (Alg. 2, lines 4 to 10) -> images, labels, common.Run."""
-    images, labels = start_synthetic(data, args, args.seed, "start")
+    run = common.Run(path, data, args)
     if args.mode != "baseline":
-        gram, cross, constant = quadratic_form(theta, data)  # line 5
+        # line 5
+        gram, cross, constant = quadratic_form(theta, data)
     optimizer = torch.optim.Adam([images, labels], lr=args.lr)
-    state = {"images": images, "labels": labels, "optimizer": optimizer}
-
-    run = common.Run(path, data, args, state, extend=False)
-    for t in range(run.start, args.iterations):
-        if args.mode == "baseline":  # a new network and a real batch in each step
+    run.restore({"images": images, "labels": labels, "optimizer": optimizer})
+    for t in common.progress(range(run.start, args.iterations), "iterations"):
+        if args.mode == "baseline":
+            # a new network and a real batch in each step
             loss = random_network_loss(theta, images, labels, data, args, args.seed, t)
         else:
-            w = fit(theta, images, labels, data)  # line 7
-            loss = 0.5 * ((w * (gram @ w - 2 * cross)).sum() + constant)  # ||f w - y||^2 / 2m
-        optimizer.param_groups[0]["lr"] = args.lr * common.cosine_decay(t, args.iterations)
+            # line 7; || f w - y ||^2 / 2 m
+            w = fit(theta, images, labels, data)
+            loss = 0.5 * ((w * (gram @ w - 2 * cross)).sum() + constant)
+        optimizer.param_groups[0]["lr"] = args.lr * distill_rate(t, args.iterations)
         optimizer.zero_grad()
-        (loss + common.margin_loss(labels)).backward()
-        optimizer.step()  # lines 8, 9
+        (loss + margin_loss(labels)).backward()
+        # lines 8, 9
+        optimizer.step()
         run.step(t, loss)
     return images.detach(), labels.detach(), run
 
@@ -176,26 +278,29 @@ def cached_subset(data, n, args):
     common.seed(args.seed, "subset", n)
     most = min(args.max_classes, len(data.classes))
     count = torch.randint(min(args.min_classes, most), most + 1, ()).item()
-    chosen = torch.randperm(len(data.classes))[:count]  # Alg. 2, line 3
+    # Alg. 2, line 3
+    chosen = torch.randperm(len(data.classes))[:count]
     k = max(1, min(args.max_images // count, data.smallest_class))
     ipc = torch.randint(1, max(1, min(args.max_synthetic // count, k)) + 1, ()).item()
-    index = data.draw(data.indices_by_class[chosen.to(data.device)], k).flatten()
+    rows = data.indices_by_class[chosen.to(data.device)]
+    order = torch.rand(rows.shape, device=data.device).masked_fill(rows < 0, -1)
+    index = rows.gather(1, order.topk(k).indices).flatten()
     classes = [data.classes[c] for c in chosen]
     labels = torch.arange(count, device=data.device).repeat_interleave(k)
     subset = replace(data, classes=classes, train=data.train[index], train_labels=labels)
 
-    key = (data.preprocess.fingerprint, index.tolist(), ipc, args.iterations, args.lr, args.seed)
+    key = (data.fingerprint, data.flip, index.tolist(), ipc, args.iterations, args.lr, args.seed)
     path = pathlib.Path(args.data_dir) / "subsets" / data.name / f"{common.hash_int(*key):016x}.pt"
     if not path.exists():
+        args = replace(args, ipc=ipc, down_sample=False)
+        start = start_synthetic(subset, args, args.seed, "start")
         # DSA, "to mimic the cases of larger datasets" (Sec. 4.1): one transformed copy per image
         parts = enumerate(subset.train.split(128))
         copies = [common.dsa(x, data.flip, args.seed, n, i) for i, x in parts]
         train = torch.cat([subset.train, *copies])
         larger = replace(subset, train=train, train_labels=labels.repeat(2))
-        larger.indices_by_class = subset.indices_by_class  # so that X_S starts untransformed
-
-        args = replace(args, ipc=ipc, down_sample=False)
-        images, labels, run = distill_in_one_network(build_network(data), larger, args, path)
+        theta = build_network(data)
+        images, labels, run = distill_in_one_network(theta, *start, larger, args, path)
         common.save([images.cpu(), labels.cpu()], path)
         for extra in (run.path, run.path.with_suffix(".csv")):
             extra.unlink(missing_ok=True)
@@ -206,8 +311,7 @@ def cached_subset(data, n, args):
 
 def adaptation_loss(translator, net, images, labels, data, args, i):
     """Compute Alg. 2, lines 11 to 15, on the target set."""
-    images = translator(images)
-    return random_network_loss(net, images, labels, data, args, args.seed, "adapt", i)
+    return random_network_loss(net, translator(images), labels, data, args, args.seed, "adapt", i)
 
 
 def pretraining_loss(translator, net, data, args, i):
@@ -230,38 +334,35 @@ def bilevel_loss(theta, net, data, args, i, alpha=0.002):
     sum over m images, is 0.002 m on half the mean. Here m = batch_real (line 4: all images).
     """
     key = (args.seed, "space", i)
-    images, labels = start_synthetic(data, args, *key, "start")  # line 3
+    # lines 3, 4
+    images, labels = start_synthetic(data, args, *key, "start")
     real, real_labels = data.batch(args.batch_real, *key, "real")
-    target = theta.features(real)  # line 4
-    target_labels = common.center_labels(real_labels, len(data.classes))
+    target = theta.features(real)
+    target_labels = center_labels(real_labels, len(data.classes))
     for _ in range(args.inner_steps):
-        w = fit(theta, images, labels, data)  # line 6
-        loss = common.half_square(target @ w, target_labels)
-        inputs = (images, labels)
-        grad_images, grad_labels = torch.autograd.grad(loss, inputs, create_graph=True)
-        images = images - alpha * len(real) * grad_images  # line 7
-        labels = labels - alpha * len(real) * grad_labels  # line 8
+        # lines 6 to 8
+        loss = half_square(target @ fit(theta, images, labels, data), target_labels)
+        grad_images, grad_labels = torch.autograd.grad(loss, (images, labels), create_graph=True)
+        images = images - alpha * len(real) * grad_images
+        labels = labels - alpha * len(real) * grad_labels
     return random_network_loss(net, images, labels, data, args, *key)
 
 
 def train(module, loss_of, steps, lr, data, args, path, batch=1, inputs=None):
-    """Train by Adam, each step on the mean of `batch` losses, and write `path` -> seconds.
-
-    Pre-training, auto-encoder, adaptation and Alg. 1 differ in loss_of(i) alone; i counts losses.
-    """
+    """Train by Adam, each step on a mean of `batch` losses loss_of(i), and write it -> seconds."""
     module.requires_grad_(True)
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
-    state = {"module": module, "optimizer": optimizer}
-    run = common.Run(path, data, replace(args, iterations=steps), state, inputs=inputs)
-
-    for step in range(run.start, steps):
+    run = common.Run(path, data, args, steps, inputs)
+    run.restore({"module": module, "optimizer": optimizer})
+    for step in common.progress(range(run.start, steps), path.stem):
         optimizer.zero_grad()
         total = 0
         for b in range(batch):
             loss = loss_of(step * batch + b) / batch
             loss.backward()
             total = total + loss.detach()
-        optimizer.step()  # Alg. 1, line 13; Alg. 2, line 15
+        # Alg. 1, line 13; Alg. 2, line 15
+        optimizer.step()
         run.step(step, total)
     module.requires_grad_(False)
     content = {"weights": module.state_dict(), "preprocess": data.preprocess.kind}
@@ -275,25 +376,21 @@ def build_translator(data, args):
     if args.mode not in TRANSLATED:
         return nn.Identity()
     common.seed(args.seed, "translator")
-    translator = Translator().to(data.device)
+    translator = Translator().to(data.device).requires_grad_(False)
     if args.mode in ("adapted", "no-adaptation"):
         if not args.translator:
             raise common.UserError(f"--mode {args.mode} needs --translator, see --mode pretrain")
-        stored = common.load(args.translator, "a translator")
-        names = stored.get("weights", {}).keys() if isinstance(stored, dict) else ()
-        if names != translator.state_dict().keys() or stored["preprocess"] != data.preprocess.kind:
-            raise common.UserError(f"{args.translator} is no translator for {data.preprocess.kind}")
+        stored = common.load(args.translator, "a translator", "weights", "preprocess")
+        if stored["preprocess"] != data.preprocess.kind:
+            raise common.UserError(f"{args.translator} needs {stored['preprocess']}: see --zca")
         translator.load_state_dict(stored["weights"])
     return translator
 
 
 def pretrain(data, args):
     """Pre-train a translator on the many classes of `data` (Alg. 2) -> args.out/translator.pt."""
-    progress = common.Progress(args.subsets, "subsets")
-    for n in range(args.subsets):
+    for n in common.progress(range(args.subsets), "subsets"):
         cached_subset(data, n, args)
-        progress.step()
-
     translator = build_translator(data, args)
     loss_of = partial(pretraining_loss, translator, build_network(data), data, args)
     path = pathlib.Path(args.out) / "translator.pt"
@@ -303,7 +400,8 @@ def pretrain(data, args):
 def distill(data, args, path):
     """Distill and translate -> content of `path`; <stem>_adapted.pt: G for other budgets."""
     theta = build_network(data)
-    net = build_network(data)  # theta', drawn anew in each use
+    # theta', drawn anew in each use
+    net = build_network(data)
     translator = build_translator(data, args)
     seconds = 0
     if args.mode == "autoencoder":
@@ -315,18 +413,20 @@ def distill(data, args, path):
         file = path.with_name(f"{path.stem}_space.pt")
         seconds += train(theta, loss_of, args.outer_steps, args.lr_adapt, data, args, file)
 
-    if args.mode not in ADAPTED:  # 4k steps for all (Sec. 4.3)
+    if args.mode not in ADAPTED:
+        # 4k steps for all (Sec. 4.3)
         args = replace(args, iterations=args.iterations + args.adapt_steps)
-    images, labels, run = distill_in_one_network(theta, data, args, path)
+    start = start_synthetic(data, args, args.seed, "start")
+    images, labels, run = distill_in_one_network(theta, *start, data, args, path)
 
     if args.mode in ADAPTED:
         loss_of = partial(adaptation_loss, translator, net, images, labels, data, args)
         file = path.with_name(f"{path.stem}_adapted.pt")
-        inputs = torch.cat([images.flatten(), labels.flatten(), common.flatten(translator)])
+        weights = nn.utils.parameters_to_vector(translator.parameters()).detach()
+        inputs = torch.cat([images.flatten(), labels.flatten(), weights])
         rest = (args.adapt_steps, args.lr_adapt, data, args, file)
         seconds += train(translator, loss_of, *rest, inputs=inputs)
-    with torch.no_grad():
-        images = translator(images)
+    images = translator(images)
     run.record["seconds"] += seconds
     return common.save_distilled(path, data, args, {"images": images, "labels": labels}, run)
 
@@ -337,9 +437,9 @@ def decode(distilled, device="cpu"):
     return images[None].to(device), distilled["labels"].to(device)
 
 
-def protocol(settings, count):
+def protocol(args):
     """FRePo's protocol, with the PyTorch branch's weight decay and scaling."""
-    return common.frepo_protocol(count, partial(common.frepo_augment, scale=True), 5e-4)
+    return FrepoProtocol(augment=partial(frepo_augment, scale=True), weight_decay=5e-4)
 
 
 def main():
@@ -347,14 +447,14 @@ def main():
     if args.eval_every:
         raise common.UserError("this method scores at the end only: leave out --eval-every")
     path = common.output_path(args, f"_{args.mode}")
-    data = common.load_dataset(args)
+    data = common.load_dataset(args, common.setup(args))
     if args.mode == "pretrain":
         return pretrain(data, args)
     distilled = distill(data, args, path)
     images, labels = decode(distilled, data.device)
     common.save_grid(path.with_suffix(".png"), data, images[0], columns=10)
-    common.score(data, distilled, images, labels, protocol(None, len(labels)), args)
+    common.score(data, distilled, images, labels, protocol(args), args)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.cli(main)

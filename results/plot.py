@@ -1,10 +1,9 @@
-"""Draw loss and accuracy curves of a folder of results. Optional: needs matplotlib.
+"""Draw the measurements in results/: curves of each method, and all methods beside their papers.
 
-    python results/plot.py out              # writes out/curves.png
+    python results/plot.py            # writes results/curves.png and results/methods.png
 
-Loss: each <stem>.csv of a distillation (iteration,loss,seconds). Accuracy over iterations (points:
-final scores, lines: --eval-every), over levels of corruption and over the classes of continual
-learning: results.jsonl.
+Needs matplotlib. A run is named by its distilled file, results/<stem>.pt, with its evaluations;
+losses are in <stem>.csv, the final score in results.jsonl, the paper's in targets.csv.
 """
 
 import csv
@@ -13,55 +12,116 @@ import pathlib
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import evaluate  # noqa: E402
+
+RUNS = {
+    "kfs_cifar10_ipc1": "KFS",
+    "haba_cifar10_bpc3": "HaBa, one-channel bases",
+    "haba_cifar10_bpc1": "HaBa",
+    "mtt_cifar10_ipc1": "MTT",
+    "frepo_cifar10_ipc1": "FRePo",
+    "translator_fewshot_adapted_cifar10_ipc1": "translator",
+    "dm_cifar10_ipc1": "DM",
+}
+COLOR, GRAY = "#0b6e99", "#777777"
 
 
-def draw_losses(axes, folder):
-    for path in sorted(folder.glob("*.csv")):
-        with path.open() as file:
-            rows = list(csv.DictReader(file))
-        if rows and "loss" in rows[0]:
-            steps = [int(row["iteration"]) for row in rows]
-            axes.plot(steps, [float(row["loss"]) for row in rows], label=path.stem)
-    axes.set(title="loss", xlabel="iterations", yscale="log")
+def read_run(stem):
+    """The last score of a distilled file by its own protocol -> row, losses (n, 2), storage."""
+    distilled = evaluate.read_distilled(HERE / f"{stem}.pt")
+    images = distilled["stored_per_class"] / np.prod(distilled["shape"])
+    rows = map(json.loads, (HERE / "results.jsonl").read_text().splitlines())
+    same = ("method", "dataset", "per_class", "iterations", "settings")
+    rows = [row for row in rows if all(row.get(name) == distilled[name] for name in same)]
+    rows = [row for row in rows if "convnet" in row["network"] and "kind" not in row]
+    row = max(rows, key=lambda row: row["runs"] * row["epochs"])
+    with (HERE / f"{stem}.csv").open() as file:
+        losses = [(int(line["iteration"]), float(line["loss"])) for line in csv.DictReader(file)]
+    with (HERE / "targets.csv").open() as file:
+        paper = evaluate.paper_number(row, list(csv.DictReader(file)))
+    row["paper"] = float(paper.split()[0]) if paper else None
+    row["evaluations"] = distilled["evaluations"]
+    return row, np.array(losses), images
 
 
-def draw_accuracies(panels, rows):
-    """One panel for each kind of row."""
-    scores = {}
-    for row in rows:
-        settings = row.get("settings", {})
-        kinds = [settings.get(name) for name in ("mode", "objective", "scoring")]
-        method = " ".join([row["method"], *filter(None, kinds)])
-        name = f"{method}, {row['dataset']}, {row['per_class']} per class, "
-        name += f"{row['network']}, {row['epochs']} epochs"
-        if row.get("evaluations"):
-            panels[0].plot(*zip(*row["evaluations"], strict=True), label=f"{name}, one network")
-        if row.get("kind") == "corruption":
-            panels[1].errorbar(range(6), row["accuracy"], row["std"], label=name)
-        elif row.get("kind") == "continual":
-            panels[2].errorbar(row["classes_seen"], row["accuracy"], row["std"], label=name)
-        else:
-            scores.setdefault(name, []).append((row["iterations"], row["accuracy"], row["std"]))
-    for name, points in scores.items():
-        steps, means, stds = zip(*sorted(points), strict=True)
-        panels[0].errorbar(steps, means, stds, fmt="o", capsize=3, label=name)
-    for axes, label in zip(panels, ("iterations", "corruption level", "classes"), strict=True):
-        axes.set(title="test accuracy, %", xlabel=label)
+def smooth(values, share=0.1):
+    """Running mean over a share of the values, shorter at the ends."""
+    reach = max(1, int(len(values) * share / 2))
+    return [values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))]
+
+
+def label(axes, x, y, text, color, **more):
+    axes.annotate(text, (x, y), (0, 2), textcoords="offset points", color=color, fontsize=8, **more)
+
+
+def draw_panel(accuracy, loss, title, row, losses):
+    """Accuracy over iterations above, the smoothed loss below."""
+    end = row["iterations"]
+    left = max(1, losses[0, 0])
+    accuracy.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    if row["evaluations"]:
+        accuracy.plot(*zip(*row["evaluations"], strict=True), color=COLOR, lw=1.2)
+    accuracy.errorbar(end, row["accuracy"], row["std"], fmt="o", color=COLOR, ms=4, capsize=2)
+    label(accuracy, end, row["accuracy"] + row["std"], f"{row['accuracy']:.1f}", COLOR, ha="right")
+    if row["paper"]:
+        accuracy.axhline(row["paper"], color=GRAY, ls="--", lw=1)
+        label(accuracy, left, row["paper"], f"paper {row['paper']:.1f}", GRAY)
+    accuracy.axhline(row["random"], color=GRAY, ls=":", lw=1)
+    label(accuracy, left, row["random"], f"random real images {row['random']:.1f}", GRAY)
+    top = max(row["accuracy"], row["paper"] or 0)
+    accuracy.set_ylim(0, top * 1.15)
+    loss.plot(losses[:, 0], losses[:, 1], color=COLOR, lw=0.6, alpha=0.3)
+    loss.plot(losses[:, 0], smooth(losses[:, 1]), color=COLOR, lw=1.2)
+    loss.set(yscale="log", xscale="log", xlim=(left, end * 1.3), xlabel="iterations")
+    for axes in (accuracy, loss):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+
+
+def draw_methods(axes, found):
+    """A line a method: ours, the paper, random real images of the same storage."""
+    found = sorted(found, key=lambda run: run[1]["accuracy"])
+    for y, (_, row, *_) in enumerate(found):
+        axes.plot([row["random"], row["accuracy"]], [y, y], color=COLOR, lw=1, alpha=0.3, zorder=0)
+        axes.errorbar(row["accuracy"], y, xerr=row["std"], fmt="o", color=COLOR, ms=7)
+        axes.plot(row["random"], y, "|", color=GRAY, ms=10)
+        if row["paper"]:
+            axes.plot(row["paper"], y, "D", mfc="none", color="black", ms=7)
+        label(axes, row["accuracy"], y + 0.14, f"{row['accuracy']:.1f}", COLOR, ha="center")
+    names = [f"{title}\n{images:.2g} images a class" for title, _, _, images in found]
+    axes.set_yticks(range(len(found)), names, fontsize=9)
+    axes.set(xlabel="test accuracy on CIFAR-10, %", ylim=(-0.6, len(found) - 0.2), xlim=(10, None))
+    title, row, *_ = found[-1]
+    y = len(found) - 1
+    label(axes, row["random"], y + 0.14, "random real images", GRAY, ha="center")
+    if row["paper"]:
+        label(axes, row["paper"], y - 0.4, "paper", "black", ha="center")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
 
 
 def main():
-    folder = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "out")
-    figure, panels = plt.subplots(1, 4, figsize=(20, 5), layout="constrained")
-    draw_losses(panels[0], folder)
-    if (folder / "results.jsonl").exists():
-        lines = (folder / "results.jsonl").read_text().splitlines()
-        draw_accuracies(panels[1:], [json.loads(line) for line in lines])
-    for axes in panels:
-        axes.set_visible(axes.has_data())
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    figure.savefig(folder / "curves.png", dpi=100, bbox_inches="tight")
+    found = []
+    for stem, title in RUNS.items():
+        if (HERE / f"{stem}.pt").exists():
+            found.append((title, *read_run(stem)))
+    figure, panels = plt.subplots(
+        2, len(found), figsize=(2.6 * len(found), 4.2), height_ratios=(2, 1), sharex="col"
+    )
+    for column, (title, row, losses, _) in zip(panels.T, found, strict=True):
+        draw_panel(*column, title, row, losses)
+    panels[0, 0].set_ylabel("test accuracy, %")
+    panels[1, 0].set_ylabel("loss")
+    figure.tight_layout()
+    figure.savefig(HERE / "curves.png", dpi=110)
+    figure, axes = plt.subplots(figsize=(8, 0.62 * len(found) + 0.9), layout="constrained")
+    draw_methods(axes, found)
+    figure.savefig(HERE / "methods.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -26,19 +26,20 @@ class Args(common.Args):
     mirrors: bool = arg(True, "whether mirror images go in")
 
 
-def make_data(folder, per_class=12, name="tiny"):
+def make_data(per_class=12, name="tiny"):
     """A Dataset of 3 classes of random pixels, 3x16x16; the classes alternate."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(3).repeat(per_class)
     pixels = torch.randint(256, (2, len(labels), 3, 16, 16), generator=generator).byte()
-    preprocess = common.Preprocess.fit(name, pixels[0], labels, "standardize", folder)
-    train, test = preprocess(pixels[0]), preprocess(pixels[1])
-    return common.Dataset(name, ["ant", "bee", "cat"], train, labels, test, labels, preprocess)
+    preprocess = common.Preprocess.fit(pixels[0], "standardize", None, None)
+    arrays = preprocess(pixels[0]), labels, preprocess(pixels[1]), labels
+    prints = f"standardize-{per_class}", "test"
+    return common.Dataset(name, ["ant", "bee", "cat"], *arrays, preprocess, *prints)
 
 
 @pytest.fixture
-def data(tmp_path):
-    return make_data(tmp_path)
+def data():
+    return make_data()
 
 
 @pytest.fixture

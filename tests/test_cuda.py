@@ -6,65 +6,108 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import relative
+from test_trajectory import KINDS, check_match
 
 import common
+import frepo
 import kfs
+import mtt
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 MATCHING = dict(experts=1, max_start=1, expert_epochs=1, student_steps=3, step_size=1e-4)
 SETTINGS = {"mtt": dict(MATCHING, lr_images=1000.0, lr_step=1e-9), "dm": dict(batch_real=4)}
 SETTINGS |= {"haba": dict(MATCHING, lr_bases=10.0, lr_hallucinators=0.01, lr_step=1e-9)}
-SETTINGS |= {"kfs": dict(pretrain=2, decoders=2, codes=2), "frepo": dict(pool=2, max_age=2)}
-SETTINGS |= {"translator_fewshot": dict(mode="scratch", adapt_steps=3, batch_real=16)}
+SETTINGS |= {"kfs": dict(pretrain=2, decoders=2, codes=2, lr_codes=0.01)}
+SETTINGS |= {"frepo": dict(pool=2, max_age=2, batch_real=16)}
+SETTINGS |= {"translator_fewshot": dict(mode="one-net", adapt_steps=0)}
+PLACE = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def sync_debug_mode():
+    """A failed iteration leaves no mode behind for the tests that follow."""
+    yield
+    wait_is("default")
+
+
+def wait_is(mode):
+    if PLACE.type == "cuda":
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def compute(device, data):
     torch.manual_seed(0)
     net, codes = common.ConvNet(data.shape, 3).to(device), torch.randn(3, 2, 12, 2, 2)
-    decoders = kfs.start_factors(data, kfs.Args(pretrain=0))[1].to(device)
-    start = common.flatten(net).cpu()
+    decoders = kfs.start_factors(data, kfs.Args(pretrain=0, codes=2))[1].to(device)
+    start = mtt.flatten(net).cpu()
     moved = start, start + torch.randn_like(start) / 100, data.train, torch.randn(3, 2048), codes
     start, target, images, means, codes = (x.to(device).requires_grad_() for x in moved)
-    fitted = images.flatten(1) @ common.krr(images[:12].flatten(1), torch.eye(12, device=device))
+    fitted = images.flatten(1) @ frepo.krr(images[:12].flatten(1), torch.eye(12, device=device))
     pair, alpha = (images, data.train_labels.to(device)), torch.tensor(0.1, device=device)
-    match = common.match_trajectory(net, start.detach(), target.detach(), alpha, lambda n: pair, 3)
+    match = mtt.match_trajectory(net, start.detach(), target.detach(), alpha, lambda n: pair, 3)
     distance = kfs.match_distribution(net, means.detach(), codes, decoders, kfs.Args(), 0)
     return [fitted, *match, images.grad, distance, codes.grad]
 
 
 def test_same_numbers(exact, data, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    for ours, theirs in zip(compute("cuda", data), compute("cpu", data), strict=True):
+    for ours, theirs in zip(compute(PLACE, data), compute("cpu", data), strict=True):
         assert relative(ours.cpu(), theirs) < 1e-3
 
 
-class Run(common.Run):
-    """Refuses to wait for the GPU within an iteration; may stop after the second."""
+@KINDS
+def test_match(kind):
+    """The graphed match in float64; twice, and with another shape."""
+    for side in (16, 16, 20):
+        check_match(kind, kept=9, side=side, device=PLACE)
 
-    def __init__(self, *args, **inputs):
-        super().__init__(*args, **inputs)
-        torch.cuda.set_sync_debug_mode("error")
+
+class Run(common.Run):
+    """Refuses to wait for the GPU within an iteration; "broken" stops after the second."""
+
+    first = {}
+
+    def restore(self, *args):
+        super().restore(*args)
+        wait_is("error")
 
     def step(self, it, loss):
-        torch.cuda.set_sync_debug_mode("default")
-        self.interrupted = it == 1 and self.path.stem == "broken"
+        wait_is("default")
+        self.saved = 0
         super().step(it, loss)
-        torch.cuda.set_sync_debug_mode("error" if it < 2 else "default")
+        if it == 0:
+            stored = self.state
+            if "factors" in stored:
+                stored = stored["factors"].state_dict()
+            Run.first = {
+                name: stored[name].detach().cpu().clone() for name in NAMES & stored.keys()
+            }
+        if it == 1 and self.start == 0 and self.path.stem == "broken":
+            raise KeyboardInterrupt
+        wait_is("error" if it + 1 < self.steps else "default")
+
+
+NAMES = {"images", "codes", "bases"}
 
 
 @pytest.mark.parametrize("method", SETTINGS)
 def test_iterations(method, data, tmp_path, monkeypatch):
-    """Three iterations without a wait; stopped after the second, continued, the same result."""
+    """Three iterations without a wait; stopped after the second and continued, the same moves.
+
+    Rounding, which a GPU's atomics vary, changes the moves since the first iteration by 0.003; an
+    optimizer that is not restored by 0.16 and more.
+    """
     monkeypatch.setattr(common, "Run", Run)
-    mean, std = data.preprocess.mean.cuda(), data.preprocess.std.cuda()
+    mean, std = (x.to(PLACE) for x in (data.preprocess.mean, data.preprocess.std))
     data.preprocess, data.device = replace(data.preprocess, mean=mean, std=std), mean.device
     for name in ("train", "train_labels", "test", "test_labels"):
-        setattr(data, name, getattr(data, name).cuda())
+        setattr(data, name, getattr(data, name).to(PLACE))
     module = importlib.import_module(method)
     args = module.Args(data_dir=str(tmp_path), iterations=3, **SETTINGS[method])
     whole = module.distill(data, args, tmp_path / "whole.pt")
+    first = Run.first
     with pytest.raises(KeyboardInterrupt):
         module.distill(data, args, tmp_path / "broken.pt")
     broken = module.distill(data, args, tmp_path / "broken.pt")
-    for name in {"images", "codes", "bases"} & whole.keys():
-        assert torch.allclose(broken[name], whole[name], rtol=0.01, atol=0.001)
+    (name,) = NAMES & whole.keys()
+    assert relative(broken[name] - first[name], whole[name] - first[name]) < 0.03

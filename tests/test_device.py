@@ -54,8 +54,11 @@ def mode(monkeypatch):
     class Run:
         start = 0
 
-        def __init__(self, path, data, args, *_, **__):
-            self.iterations, mode.inside = args.iterations, True
+        def __init__(self, path, data, args, steps=None, inputs=None):
+            self.record, self.iterations = {}, args.iterations if steps is None else steps
+
+        def restore(self, *_):
+            mode.inside = True
 
         def step(self, it, loss):
             assert loss.device == META
@@ -74,13 +77,15 @@ def data(mode, monkeypatch):
     images = torch.empty(60, *SHAPE, device=META)
     labels = torch.empty(60, dtype=torch.long, device=META)
     mean = torch.empty(3, 1, 1, device=META)
-    preprocess = common.Preprocess("standardize", "meta", mean, mean)
-    data = common.Dataset("meta", ["a", "b", "c"], images, labels, images, labels, preprocess)
+    preprocess = common.Preprocess("standardize", mean, mean)
+    arrays = images, labels, images, labels
+    data = common.Dataset("meta", ["a", "b", "c"], *arrays, preprocess, "meta", "meta")
     data.indices_by_class = torch.empty(3, 20, dtype=torch.long, device=META)
     data.smallest_class = 20
-    parameters = common.flatten(common.ConvNet(SHAPE, 3)).numel()
+    parameters = mtt.flatten(common.ConvNet(SHAPE, 3)).numel()
     experts = torch.empty(2, 3, parameters, device=META)
-    monkeypatch.setattr(common, "load_experts", lambda *_: experts)
+    for module in (mtt, haba):
+        monkeypatch.setattr(module, "load_experts", lambda *_: experts)
     decoders = kfs.Decoders(4, kfs.Args(), SHAPE, mean, mean).to(META)
     factors = torch.empty(3, 5, 12, 2, 2, device=META), decoders
     monkeypatch.setattr(kfs, "start_factors", lambda *_: factors)

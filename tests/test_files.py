@@ -8,17 +8,14 @@ import json
 import os
 import pathlib
 import re
-import shutil
-import signal
+import subprocess
+import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from conftest import Args, make_data
-from PIL import Image
+from conftest import ROOT, Args, make_data
 from torch import nn
-from torchvision.transforms.functional import pil_to_tensor
 
 import common
 
@@ -50,24 +47,15 @@ def test_load_of_a_bad_file(content, tmp_path):
         common.load(path, "a checkpoint")
 
 
-@pytest.fixture(autouse=True)
-def default_interrupt():
-    yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def distill(folder, data, event=lambda *_: None, iterations=6, experts=None, **settings):
+def distill(folder, data, event=lambda *_: None, iterations=6, inputs=None, **settings):
     """A toy: momentum SGD on a tensor and a module, keyed noise -> run, iterations, tensors."""
     args, done = Args(iterations=iterations, **settings), []
     common.seed("start")
     images, module = torch.randn(4, 3).requires_grad_(), nn.Linear(3, 2)
     optimizer = torch.optim.SGD([images, *module.parameters()], lr=0.1, momentum=0.9)
     state = {"images": images, "module": module, "optimizer": optimizer}
-    run = common.Run(folder / "toy.pt", data, args, state, lambda k: images.sum().item(), experts)
+    run = common.Run(folder / "toy.pt", data, args, inputs=inputs)
+    run.restore(state, lambda k: (None, images.sum().item() + k))
     for it in range(run.start, iterations):
         common.seed(it)
         loss = module(images + torch.randn(4, 3)).square().mean()
@@ -80,15 +68,15 @@ def distill(folder, data, event=lambda *_: None, iterations=6, experts=None, **s
     return run, done, torch.cat([images.flatten(), module.weight.flatten(), module.bias])
 
 
-def test_interrupt_and_continue(data, tmp_path):
-    """Ctrl-C ends an iteration and saves; continued, and for longer, it is the unbroken run."""
+def test_continue(data, tmp_path):
+    """A run that goes on after its end, with another --eval-every, is the unbroken run."""
     unbroken, _, whole = distill(tmp_path / "a", data, eval_every=2)
-    with pytest.raises(KeyboardInterrupt, match="3 iterations.*continue"):
-        distill(tmp_path / "b", data, lambda it, *_: it == 2 and interrupt(), eval_every=2)
+    distill(tmp_path / "b", data, eval_every=2, iterations=4)
     run, done, continued = distill(tmp_path / "b", data, eval_every=2)
-    assert done == [3, 4, 5] and torch.equal(continued, whole)
-    assert [n for n, _ in run.record["evaluations"]] == [2, 4, 6]
-    assert run.record["evaluations"] == unbroken.record["evaluations"]
+    assert done == [4, 5] and torch.equal(continued, whole)
+    found = dict(run.record["evaluations"])
+    assert list(found) == [2, 4, 6] and found == dict(unbroken.record["evaluations"])
+    assert found[6] == round(whole[:12].sum().item() + 0.5, 2)  # the mean of networks 0 and 1
     header, *rows = (tmp_path / "b" / "toy.csv").read_text().splitlines()
     first, last = rows[0].split(","), rows[-1].split(",")
     assert header == "iteration,loss,seconds" and (first[0], last[0]) == ("1", "6")
@@ -111,27 +99,39 @@ def test_saved_once_a_minute(data, tmp_path, monkeypatch):
     assert torch.equal(continued, distill(tmp_path / "whole", data)[2])
 
 
-def test_interrupt_stops(data, tmp_path):
-    """A second Ctrl-C stops at once; scoring, after the loop, stops at the first one."""
-    with pytest.raises(KeyboardInterrupt):
-        distill(tmp_path, data, lambda *_: [interrupt(), interrupt(), pytest.fail("went on")])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for _ in range(2):  # the second time the loop has been finished before
-        distill(tmp_path, data)
-        with pytest.raises(KeyboardInterrupt):
-            interrupt()
+def test_two_at_once(data, tmp_path):
+    """Of two runs with one checkpoint the second to save is refused; the first one's file stays."""
+    with pytest.raises(common.UserError, match=r"another run.*toy\.ckpt.*--out"):
+        distill(tmp_path, data, lambda it, *_: it == 2 and distill(tmp_path, data))
+    assert distill(tmp_path, data)[1] == []
+
+
+def test_full_disk(tmp_path):
+    """A file that does not fit raises OSError; the old one stays, nothing else is left."""
+    path = tmp_path / "file.pt"
+    common.save({"x": 1}, path)
+    code = "import resource, signal, sys, torch, common\n"
+    code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+    code += "common.cli(lambda: common.save({'x': torch.ones(10**6)}, sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert common.load(path, "a file") == {"x": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_other_settings(data, tmp_path):
     """A checkpoint of other settings is named and left alone; where files lie is free."""
-    distill(tmp_path, data, experts=torch.ones(9))
+    distill(tmp_path, data, inputs=torch.ones(9))
     checkpoint = (tmp_path / "toy.ckpt").read_bytes()
-    changes = {"lr": {"lr": 0.2}, "seed": {"seed": 1}, "experts": {"experts": torch.ones(8)}}
-    for name, change in (changes | {"data": {"data": make_data(tmp_path, 13)}}).items():
+    changes = {"lr": {"lr": 0.2}, "seed": {"seed": 1}, "inputs": {"inputs": torch.ones(8)}}
+    changes["flip"] = {"flip": False}
+    changes["test data"] = {"data": dataclasses.replace(data, test_fingerprint="other")}
+    for name, change in (changes | {"data": {"data": make_data(13)}}).items():
         with pytest.raises(common.UserError, match=rf"toy\.ckpt[^\n]*{name}[^\n]*$"):
-            distill(tmp_path, **({"data": data, "experts": torch.ones(9)} | change))
+            distill(tmp_path, **({"data": data, "inputs": torch.ones(9)} | change))
     assert (tmp_path / "toy.ckpt").read_bytes() == checkpoint
-    assert distill(tmp_path, data, experts=torch.ones(9), out="x", data_dir="y", runs=1)[1] == []
+    assert distill(tmp_path, data, inputs=torch.ones(9), out="x", data_dir="y", runs=1)[1] == []
 
 
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["loss", "tensor", "module"])
@@ -139,7 +139,7 @@ def test_not_finite(part, data, tmp_path):
     """A loss or a state that is not finite is refused; the last good checkpoint is kept."""
     distill(tmp_path, data, iterations=2)
     checkpoint = (tmp_path / "toy.ckpt").read_bytes()
-    with pytest.raises(common.UserError, match="not finite"):
+    with pytest.raises(common.UserError, match="diverged.*lr"):
         distill(tmp_path, data, lambda it, *parts: it == 5 and parts[part].data.fill_(torch.nan))
     assert (tmp_path / "toy.ckpt").read_bytes() == checkpoint
 
@@ -213,78 +213,15 @@ def test_presets_of_the_methods(line):
 def test_protocols():
     """Scores: FRePo's network, augmentation and AdamW, the translator's variant; KFS's epochs."""
     for method, decay, more in (("frepo", 0, {}), ("translator_fewshot", 5e-4, {"scale": True})):
-        protocol = importlib.import_module(method).protocol({}, 10)
+        module = importlib.import_module(method)
+        protocol = module.protocol(module.Args())
         network = protocol.network((3, 32, 32), 10)
         assert network.kind == "frepo-convnet3"
         assert not any(isinstance(layer, nn.GroupNorm) for layer in network.modules())
         assert (protocol.optimizer, protocol.weight_decay) == (torch.optim.AdamW, decay)
         augment = functools.partial(protocol.augment)
-        assert (augment.func, augment.keywords) == (common.frepo_augment, more)
-    kfs = importlib.import_module("kfs").protocol({"scoring": "idc"})
+        assert (augment.func, augment.keywords) == (module.frepo_augment, more)
+    kfs = importlib.import_module("kfs")
+    kfs = kfs.protocol(kfs.Args())
     rates = [kfs.rate(epoch, 1280) for epoch in (0, 132, 133, 165, 166, 199)]
     assert kfs.epochs == 200 and rates == pytest.approx([0.01] * 2 + [0.002] * 2 + [0.0004] * 2)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """tmp_path/own: two pictures each to train and test on ant and bee, 16x16 noise."""
-    monkeypatch.chdir(tmp_path)
-    random = np.random.default_rng(0)
-    for i, place in enumerate(["train/ant", "train/bee", "test/ant", "test/bee"] * 2):
-        path = tmp_path / "own" / f"{place}/{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
-    return tmp_path / "own"
-
-
-def test_folder(folder, tmp_path):
-    """Pictures with their classes, by name or path; val/ does for test/."""
-    found = common.read_images("own", Args(data_dir="."))
-    for split, pixels, labels in (("train", *found[:2]), ("test", *found[2:4])):
-        files = sorted(folder.glob(f"{split}/*/*"))
-        assert torch.equal(pixels, torch.stack([pil_to_tensor(Image.open(f)) for f in files]))
-        assert labels.tolist() == [0, 0, 1, 1] and found[4] == ["ant", "bee"]
-    (folder / "test").rename(folder / "val")
-    for place in ({"dataset": "own", "data_dir": str(tmp_path)}, {"dataset": f"{folder}/"}):
-        data = common.load_dataset(Args(device="cpu", **place))
-        assert data.name == "own" and data.classes == ["ant", "bee"]
-        torch.testing.assert_close(data.preprocess.undo(data.test), found[2] / 255)
-
-
-def test_folder_cache(folder):
-    """The second read does not open the pictures; a picture that is newer is read."""
-    train, path = common.read_images("own", Args())[0], folder / ANT
-    written = path.stat().st_mtime_ns
-    Image.new("RGB", (16, 16), (9, 9, 9)).save(path)
-    os.utime(path, ns=(written, written))
-    assert torch.equal(common.read_images("own", Args())[0], train)
-    os.utime(path, ns=(written, written + 10**9))
-    assert (common.read_images("own", Args())[0][0] == 9).all()
-
-
-def test_folder_size(folder):
-    """--size: the middle square of each picture, resized; each size has its cache."""
-    wide = np.random.default_rng(1).integers(0, 256, (16, 24, 3), np.uint8)
-    Image.fromarray(wide).save(folder / ANT)
-    square = torch.from_numpy(wide).permute(2, 0, 1)[:, :, 4:20]
-    for size in (16, 20, 16, 20):
-        train = common.read_images("own", Args(size=size))[0]
-        assert train.shape == (4, 3, size, size) and (size > 16 or torch.equal(train[0], square))
-
-
-SPOILS = {
-    "one class": ("classes", lambda path: [shutil.rmtree(bee) for bee in path.glob("*/bee")]),
-    "class not in test": ("classes", lambda path: shutil.rmtree(path / "test/bee")),
-    "sizes": ("--size", lambda path: Image.new("RGB", (20, 16)).save(path / ANT)),
-    "half a picture": ("cannot be read", lambda path: os.truncate(path / ANT, 200)),
-    "nothing there": ("glyphs", shutil.rmtree),
-}
-
-
-@pytest.mark.parametrize("spoil", SPOILS)
-def test_bad_folder(spoil, folder, tmp_path):
-    word, change = SPOILS[spoil]
-    change(folder)
-    with pytest.raises(common.UserError, match=rf"^[^\n]*{word}[^\n]*$") as caught:
-        common.load_dataset(Args(dataset="own", data_dir=str(tmp_path), device="cpu"))
-    assert "own" in str(caught.value)

@@ -12,6 +12,7 @@ from test_trajectory import naive_match
 
 import common
 import haba
+import mtt
 import translator_fewshot as tf
 
 IMAGE, CONV, MAPS = 768, 2 * 84, 2 * 768  # numbers in a basis, and in a hallucinator's parts
@@ -99,7 +100,7 @@ def contrast(features, labels):
 
 @pytest.mark.parametrize("kind", [{}, {"class_hallucinators": True}, {"batch": 4}], ids=str)
 @pytest.mark.parametrize(
-    "objective, alpha", [("mtt", 0.01), ("mtt", 2e-4), ("dm", 0.0), ("dc", 0.0)]
+    "objective, alpha", [("mtt", 0.01), ("mtt", 2e-4), ("dm", 0.01), ("dc", 0.01)]
 )
 def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
     """Eq. 6 in one graph; then the step of the adversary with the new factors (Eq. 4)."""
@@ -108,8 +109,9 @@ def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
     args.weight_cos, args.weight_con, args.weight_task, args.lr_hallucinators = 0.3, 0.2, 0.7, 0.5
     factors, net = start_factors(data, args), common.ConvNet(data.shape, 3).reset(0, 0)
     adversary, b = common.ConvNet(data.shape, 3).reset(0, "F"), args.batch or 6
-    segment = common.sample_segment(common.load_experts(data, args), args, 0, 0)
+    segment = mtt.sample_segment(mtt.load_experts(data, args, {}), args, 0, 0)
     calls = plain.record_transforms(monkeypatch)
+    draws = plain.record_draws(monkeypatch, calls)
     found = haba.distill(data, args, tmp_path / "haba.pt")
 
     def images_of(before, name, u):
@@ -120,7 +122,7 @@ def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
         return plain.transform(images, name, u), factors.labels[index % 6], index // 6
 
     def batch(n):
-        images, labels, which = images_of(*calls[n - 4])
+        images, labels, which = images_of(*draws[0, 0, "batch", n])
         assert len(images) == b and len(which.unique()) == 1
         return images, labels
 
@@ -169,13 +171,13 @@ def test_dc_network(data, tmp_path):
     args.hallucinators, args.lr_bases = 0, 1e-12
     haba.distill(data, args, tmp_path / "haba.pt")
     net = common.ConvNet(data.shape, 3).reset(0, 0)
-    start, (images, labels) = common.flatten(net), data.sample(2, 0, "start")
+    start, (images, labels) = mtt.flatten(net), data.sample(2, 0, "start")
     for _ in range(4):
         net.zero_grad()
         F.cross_entropy(net(images), labels).backward()
         torch.optim.SGD(net.parameters(), lr=0.01).step()
     found = common.load(tmp_path / "haba.ckpt", "")["state"]["net"]
-    assert relative(joined(found) - start, common.flatten(net) - start) < 1e-6
+    assert relative(joined(found) - start, mtt.flatten(net) - start) < 1e-6
 
 
 def test_momentum_alone(data, tmp_path, monkeypatch):
@@ -202,7 +204,7 @@ def test_proposition_1(data):
     relation, solutions = torch.randn(5, 3), []  # labels are linear, so that the error can be 0
     for space in (theta, theta_star):
         images = torch.randn(5, 5)
-        w = common.krr(images @ space, images @ relation, 1e-13)
+        w = tf.krr(images @ space, images @ relation, 1e-13)
         assert relative(real @ space @ w, real @ relation) < 1e-6  # fits without error
         solutions.append(w)
     expected = torch.linalg.pinv(theta_star) @ theta @ solutions[0]
@@ -212,7 +214,7 @@ def test_proposition_1(data):
 @pytest.mark.parametrize("flip", [True, False])
 def test_bilevel_loss(flip, data, monkeypatch):
     """Alg. 1 and its gradient, against Eq. 17 by matrix inversion; with and without mirrors."""
-    monkeypatch.setattr(common, "krr", partial(common.krr, ridge=1e-3))
+    monkeypatch.setattr(tf, "krr", partial(tf.krr, ridge=1e-3))
     data.flip, args, key = flip, tf.Args(inner_steps=3, batch_real=10), (0, "space", 5)
     net, outer = tf.build_network(data), tf.build_network(data)
     params = list(net.blocks.requires_grad_(True).parameters())
@@ -220,7 +222,7 @@ def test_bilevel_loss(flip, data, monkeypatch):
     gradients = torch.autograd.grad(ours, params)
     x, y = tf.start_synthetic(data, args, *key, "start")
     real, numbers = data.batch(10, *key, "real")
-    rest = real, common.center_labels(numbers, 3), 1e-3, flip
+    rest = real, tf.center_labels(numbers, 3), 1e-3, flip
     for _ in range(3):
         loss = plain.nfr_by_hand(net, x, y, *rest)
         slopes = torch.autograd.grad(loss, (x, y), create_graph=True)
@@ -234,13 +236,15 @@ def test_bilevel_loss(flip, data, monkeypatch):
 @pytest.mark.parametrize("flip", [True, False])
 def test_one_network(flip, data, tmp_path, monkeypatch):
     """Alg. 2, lines 4 to 9: Eq. 2 on all real images, by matrix inversion; the hinge, Adam."""
-    monkeypatch.setattr(common, "krr", partial(common.krr, ridge=1e-3))
-    monkeypatch.setattr(common, "margin_loss", torch.norm)  # the hinge has no gradient yet
+    monkeypatch.setattr(tf, "krr", partial(tf.krr, ridge=1e-3))
+    monkeypatch.setattr(tf, "margin_loss", torch.norm)  # the hinge has no gradient yet
     history, data.flip = plain.record_steps(monkeypatch), flip
     theta, args = tf.build_network(data), tf.Args(mode="one-net", iterations=3, lr=0.1)
-    tf.distill_in_one_network(theta, data, args, tmp_path / "one.pt")
+    tf.distill_in_one_network(
+        theta, *tf.start_synthetic(data, args, 0, "start"), data, args, tmp_path / "one.pt"
+    )
     images, labels = tf.start_synthetic(data, args, 0, "start")
-    rest = data.train, common.center_labels(data.train_labels, 3), 1e-3, flip
+    rest = data.train, tf.center_labels(data.train_labels, 3), 1e-3, flip
     optimizer = torch.optim.Adam([images, labels])
     for (loss, state), rate in zip(history, (0.1, 0.0775, 0.0325), strict=True):  # a cosine
         expected = plain.nfr_by_hand(theta, images, labels, *rest)
@@ -268,7 +272,7 @@ def test_translator(data):
 
 def test_losses_of_the_translator(data, tmp_path, monkeypatch):
     """Adaptation, pre-training on cached subsets, auto-encoder; new networks each time."""
-    monkeypatch.setattr(common, "krr", partial(common.krr, ridge=1e-3))
+    monkeypatch.setattr(tf, "krr", partial(tf.krr, ridge=1e-3))
     history, networks = plain.record_steps(monkeypatch), set()
     passed, seen, loss_of = [], [], tf.random_network_loss
 
@@ -277,10 +281,10 @@ def test_losses_of_the_translator(data, tmp_path, monkeypatch):
         (before,), translated = passed.pop()
         assert images is translated
         real, numbers = source.batch(12, *key, "real")
-        rest = labels, real, common.center_labels(numbers, labels.shape[1]), 1e-3, True
+        rest = labels, real, tf.center_labels(numbers, labels.shape[1]), 1e-3, True
         expected = plain.nfr_by_hand(net, images, *rest).item()
         seen.append((before, find(real, data.train), numbers, expected))
-        networks.add(common.flatten(net)[0].item())
+        networks.add(mtt.flatten(net)[0].item())
         return loss
 
     monkeypatch.setattr(tf, "random_network_loss", spy)
@@ -345,4 +349,4 @@ def test_adapted_translator(data, tmp_path):
         stored = common.load(tmp_path / f"{name}.pt", "")["images"]
         assert relative(stored, translator(images).detach()) < 1e-10
     scratch = tf.build_translator(data, tf.Args(mode="scratch"))
-    assert (common.flatten(translator) - common.flatten(scratch)).abs().max() > 0.01
+    assert (mtt.flatten(translator) - mtt.flatten(scratch)).abs().max() > 0.01

@@ -19,13 +19,13 @@ from common import transform
 
 
 @pytest.fixture(name="data")
-def small_data(tmp_path, monkeypatch, exact):
+def small_data(monkeypatch, exact):
     """The tiny data set; all in float64, with networks of width 8."""
     monkeypatch.setattr(common, "ConvNet", partial(common.ConvNet, width=8))
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    yield make_data(tmp_path)
+    yield make_data()
     torch.set_default_dtype(torch.float32)
 
 
@@ -39,6 +39,19 @@ def record_transforms(monkeypatch):
 
     monkeypatch.setattr(common, "transform", record)
     return calls
+
+
+def record_draws(monkeypatch, calls):
+    """{key: the call of common.transform} of each call of common.dsa; the last one counts."""
+    draws, dsa = {}, common.dsa
+
+    def record(images, flip, *key, **options):
+        out = dsa(images, flip, *key, **options)
+        draws[key] = calls[-1]
+        return out
+
+    monkeypatch.setattr(common, "dsa", record)
+    return draws
 
 
 def record_steps(monkeypatch):
@@ -104,14 +117,14 @@ def test_mtt(data, tmp_path, monkeypatch):
     args = mtt.Args(ipc=2, iterations=1, experts=2, student_steps=3, expert_epochs=1, max_start=2)
     args.step_size, args.lr_step, args.lr_images, args.batch = 2e-4, 1e-7, 1e4, 4
     args.data_dir = str(tmp_path)
-    segment = common.sample_segment(common.load_experts(data, args), args, 0, 0)
-    calls = record_transforms(monkeypatch)
+    segment = mtt.sample_segment(mtt.load_experts(data, args, {}), args, 0, 0)
+    draws = record_draws(monkeypatch, record_transforms(monkeypatch))
     found = mtt.distill(data, args, tmp_path / "mtt.pt")
     images, labels = data.sample(2, 0, "start")
-    step_size, draws = torch.tensor(2e-4, requires_grad=True), calls[-3:]
+    step_size = torch.tensor(2e-4, requires_grad=True)
 
     def batch(n):
-        plain, name, u = draws[n]
+        plain, name, u = draws[0, 0, "batch", n]
         index = find(plain, images)
         assert len(index.unique()) == len(u.unique(dim=0)) == 4
         return transform(images[index], name, u), labels[index]
@@ -201,7 +214,7 @@ def test_kfs(settings, networks, data, tmp_path, monkeypatch):
     def spy(net, target, *rest):
         means = [net.features(data.train[data.train_labels == c]).mean(0) for c in range(3)]
         assert relative(target, torch.stack(means).detach()) < 1e-10
-        seen.add(common.flatten(net)[0].item())
+        seen.add(mtt.flatten(net)[0].item())
         return match(net, target, *rest)
 
     monkeypatch.setattr(kfs, "match_distribution", spy)
@@ -232,7 +245,7 @@ def test_idc_augmentation(data, monkeypatch):
     for key in range(40):
         calls.clear()
         flip, expected = key % 4 > 0, data.train
-        images = kfs.protocol({"scoring": "idc"}).augment(data.train, flip, "idc", key)
+        images = kfs.protocol(kfs.Args()).augment(data.train, flip, "idc", key)
         *first, third = [name for _, name, _ in calls]
         assert first == ["color", "flip"][: 1 + flip]
         last.append(third)
@@ -260,7 +273,7 @@ def test_cutmix(data):
         else:
             assert torch.equal(soft, labels)
     assert 30 <= sum(share == 0 for share in shares) <= 55 and max(shares) > 0.7
-    assert kfs.protocol({"scoring": "dsa"}).mix is None and kfs.protocol(vars(kfs.Args())).mix
+    assert kfs.protocol(kfs.Args(scoring="dsa")).mix is None and kfs.protocol(kfs.Args()).mix
 
 
 def test_lamb(data):
@@ -278,7 +291,7 @@ def test_lamb(data):
 
 def test_margin_hinge():
     labels = torch.tensor([[-0.1, 0.9, -0.1, -0.1], [0.3, 0.2, 0.0, 0.0], [0.5, 0.5, 0.1, 0.0]])
-    assert common.margin_loss(labels).item() == pytest.approx(-(1 / 4 + 0.1 + 0) / 3, abs=1e-6)
+    assert frepo.margin_loss(labels).item() == pytest.approx(-(1 / 4 + 0.1 + 0) / 3, abs=1e-6)
 
 
 def nfr_by_hand(net, images, labels, real, truth, ridge, mirror):
@@ -294,7 +307,7 @@ def nfr_by_hand(net, images, labels, real, truth, ridge, mirror):
 @pytest.mark.parametrize("name, flip", [("cifar10", True), ("cifar100", True), ("cifar10", False)])
 def test_frepo(name, flip, data, tmp_path, monkeypatch):
     """One iteration: Eq. 17 and the hinge, LAMB; then Eq. 18 by Adam."""
-    monkeypatch.setattr(common, "margin_loss", torch.norm)  # the hinge has no gradient yet
+    monkeypatch.setattr(frepo, "margin_loss", torch.norm)  # the hinge has no gradient yet
     history, data.flip = record_steps(monkeypatch), flip
     argv = f"--dataset {name} --ipc 10 --iterations 1 --pool 2 --batch-real 20 --ridge 1e-3"
     argv += " --lr 0.1 --lr-pool 0.01 --weight-margin 0.7"
@@ -346,7 +359,7 @@ def test_pool(data, tmp_path, monkeypatch):
     args = frepo.Args(iterations=24, pool=3, max_age=4, batch_real=6, lr_pool=1e-3)
     frepo.distill(data, args, tmp_path / "frepo.pt")
     net = frepo.build_network(data.shape, 3)
-    before = [common.flatten(net.reset(0, "pool", k)) for k in range(3)]
+    before = [mtt.flatten(net.reset(0, "pool", k)) for k in range(3)]
     ages, replaced = [0, 1, 2], set()
     for _, state in history:
         weights = {n: p for n, p in state["pool"].items() if n.endswith(("weight", "bias"))}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import relative
 
-import common
+import frepo
 
 
 def drawn(*shape, key=0):
@@ -13,7 +13,7 @@ def drawn(*shape, key=0):
 
 
 def predict(support, labels, target, ridge=1e-6):
-    return target @ common.krr(support, labels, ridge)
+    return target @ frepo.krr(support, labels, ridge)
 
 
 def solve(support, labels, target, ridge):
@@ -53,11 +53,11 @@ def test_krr_near_singular():
 
 def test_krr_not_positive_definite():
     """NaN, which no loop accepts; no error out of a linear solver."""
-    assert common.krr(*torch.ones(2, 4, 4), ridge=0).isnan().all()
+    assert frepo.krr(*torch.ones(2, 4, 4), ridge=0).isnan().all()
 
 
 def test_labels_and_loss():
     """(one-hot - 1/C) / scale; half the squared error, summed over classes, mean over images."""
-    labels = common.center_labels(torch.tensor([2, 0]), 4, 0.5)
+    labels = frepo.center_labels(torch.tensor([2, 0]), 4, 0.5)
     assert labels.tolist() == [[-0.5, -0.5, 1.5, -0.5], [1.5, -0.5, -0.5, -0.5]]
-    assert common.half_square(labels, torch.zeros(2, 4)).item() == 1.5
+    assert frepo.half_square(labels, torch.zeros(2, 4)).item() == 1.5

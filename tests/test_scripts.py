@@ -1,11 +1,14 @@
 """The scripts as a user meets them: whole runs, files, kills, mistakes."""
 
 import ast
+import csv
 import functools
 import importlib
+import inspect
 import json
 import operator
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -16,11 +19,14 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 
 import common
 import evaluate
+import frepo
+import mtt
 
 EXPERT = "--eval-every 2 --experts 1 --max-start 1 --expert-epochs 1 --student-steps 2"
 FLAGS = {
@@ -56,9 +62,9 @@ def home(tmp_path_factory):
 def run_script(script, words, patch):
     """Run a script in this process -> exit status."""
     patch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    evaluate.load_data.cache_clear()
     try:
-        return common.run(importlib.import_module(script).main) or 0
+        return common.cli(importlib.import_module(script).main) or 0
     except SystemExit as end:
         return end.code
 
@@ -71,7 +77,8 @@ def call(home, tmp_path, monkeypatch, capsys):
     def run(script, *flags):
         capsys.readouterr()
         status = run_script(script, [*command(script, home), *flags], monkeypatch)
-        return status, capsys.readouterr().err
+        run.out, err = capsys.readouterr()
+        return status, err
 
     return run
 
@@ -141,6 +148,8 @@ def test_run(method, finished, call):
     (row,) = map(json.loads, open(path.parent / "results.jsonl"))
     assert set(ROW.split()) <= row.keys() and (row["runs"], row["epochs"]) == (1, 2)
     assert row["method"] == method and row["dataset"] == "tiny" and 0 <= row["accuracy"] <= 100
+    assert not {"out", "data_dir", "device"} & (row["settings"].keys() | distilled["settings"])
+    assert str(path.parent.parent) not in row["command"] and "--device" not in row["command"]
     assert row["best"] == scores.get(2) and dict(row["evaluations"]) == scores
     assert row["random_per_class"] == {"haba": 5}.get(method, 1)  # as much storage
     status, err = call("evaluate", path, "--epochs", "0", "1")
@@ -151,16 +160,20 @@ def test_run(method, finished, call):
         assert again[key] == row[key], key
 
 
-def test_readme(finished, home, tmp_path, monkeypatch, capsys):
-    """The README's lines for using a distilled set work."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    code = "\n".join(block for block in blocks if "info" in block)
-    monkeypatch.chdir(tmp_path)
+@METHODS
+def test_readme(method, finished, home, call, tmp_path, capsys):
+    """The README's snippets work on the file of each method."""
+    text = (ROOT / "README.md").read_text()
     (tmp_path / "data").symlink_to(home.parent)
-    path = repr(str(finished("haba") / distilled_path("haba")))
-    names = {}
-    exec(re.sub(r'"[^"\n]*\.pt"', lambda _: path, code), names)
-    assert names["images"].shape == (15, 3, 16, 16) and capsys.readouterr().out
+    path = finished(method) / distilled_path(method)
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save("mine.png")
+    assert call("evaluate", path, "--runs", "1", "--save", "nets")[0] == 0
+    (network,) = pathlib.Path("nets").iterdir()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        capsys.readouterr()
+        block = re.sub(r'"out/[^"\n]*\.pt"', lambda _: repr(str(path)), block)
+        exec(re.sub(r'"nets/[^"\n]*\.pt"', lambda _: repr(str(network)), block), {})
+        assert capsys.readouterr().out
 
 
 def test_copied_alone(home, tmp_path):
@@ -185,6 +198,23 @@ def test_experts_only(call, tmp_path):
         assert call("mtt", "--data-dir", tmp_path, *flags.split())[0] == 0
     names = {path.name for path in [*tmp_path.glob("experts/*/*"), *tmp_path.glob("out/*.pt")]}
     assert names == {"seed7_expert000.pt", "seed8_expert000.pt", "mtt_tiny_ipc1_seed9.pt"}
+
+
+TWINS = [("mtt", "haba", mtt.load_experts, mtt.match_trajectory)]
+TWINS += [("frepo", "translator_fewshot", frepo.krr, frepo.FrepoProtocol)]
+
+
+@pytest.mark.parametrize("one, other, first, last", TWINS)
+def test_twins(one, other, first, last):
+    """Of a part that two scripts share, each function and class is the same to the letter."""
+    one, other = map(importlib.import_module, (one, other))
+    sources = inspect.getsource(one), inspect.getsource(other)
+    parts = []
+    for source in sources:
+        begin, end = (source.index(inspect.getsource(x)) for x in (first, last))
+        parts.append(source[begin:end])
+    assert parts[0] == parts[1] and len(parts[0].splitlines()) > 60
+    assert inspect.getsource(last) in sources[1]
 
 
 @METHODS
@@ -225,23 +255,23 @@ def test_killed(method, finished, call, monkeypatch):
 
 
 def test_interrupted(finished, call, monkeypatch):
-    """Ctrl-C ends the iteration, saves, exits with 130; the same command continues."""
+    """Ctrl-C: one line, status 130; the same command goes on from the last checkpoint."""
     step, path = common.Run.step, distilled_path("mtt")
 
     def interrupt(run, it, loss):
         if it == 1:
             os.kill(os.getpid(), signal.SIGINT)
+        run.saved = 0  # the last checkpoint is more than a minute old
         step(run, it, loss)
 
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "step", interrupt)
         status, err = call("mtt")
-    assert status == 130 and "2 iterations" in err.splitlines()[-1]
-    assert load(path.replace(".pt", ".ckpt"))["done"] == 2 and not os.path.exists(path)
+    assert status == 130 and "same command" in err.splitlines()[-1]
+    assert load(path.replace(".pt", ".ckpt"))["done"] == 1 and not os.path.exists(path)
     for _ in range(2):  # a finished run may be repeated, too
         assert call("mtt")[0] == 0
         assert_same(path, finished("mtt") / path)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sigkill(home, call, tmp_path, monkeypatch):
@@ -249,7 +279,7 @@ def test_sigkill(home, call, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     code = "import conftest, common, dm\n"
     code += "common.Run.saved = property(lambda _: 0, lambda *_: 0)\n"  # save in each iteration
-    code += "common.run(dm.main)"
+    code += "common.cli(dm.main)"
     flags = ["--iterations", "60"]
     process = subprocess.Popen([sys.executable, "-c", code, *command("dm", home), *flags])
     path = tmp_path / distilled_path("dm")
@@ -264,6 +294,163 @@ def test_sigkill(home, call, tmp_path, monkeypatch):
     assert_same(path, tmp_path / "unbroken" / path.name)
 
 
+# ------------------------------------------------------------ networks, tensors, pictures
+
+LAYOUTS = {
+    "MTT's": ("mtt", lambda x, y: {"i.pt": x, "l.pt": y}),
+    "class after class": ("mtt", lambda x, y: {"i.pt": x.unflatten(0, (3, -1))}),
+    "one-hot": ("mtt", lambda x, y: {"i.pt": x, "l.pt": F.one_hot(y, 3)}),
+    "arrays": ("mtt", lambda x, y: {"i.npy": x.numpy(), "l.npy": y.int().numpy()}),
+    "DM's": ("dm", lambda x, y: {"res.pt": {"data": [[x, y], [x + 1, y]], "accs": {"m": [1.0]}}}),
+    "FRePo's": ("frepo", lambda x, y: {"i.npy": x.permute(0, 2, 3, 1).numpy(), "l.npy": y.numpy()}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors(layout, finished, home, call):
+    """A file of ours in the layout of others, read back: the same set, the same score."""
+    method, make = LAYOUTS[layout]
+    path = finished(method) / distilled_path(method)
+    images, labels, info = evaluate.training_set(path)
+    for name, content in make(images, labels).items():
+        np.save(name, content) if name.endswith("npy") else torch.save(content, name)
+    files = sorted(make(images, labels))
+    flags = [
+        "--tensors",
+        *files,
+        "--protocol",
+        method,
+        "--dataset",
+        home,
+        "--data-dir",
+        home.parent,
+    ]
+    flags += ["--zca"] * (method == "frepo")
+    flags += ["--step-size", info["step_size"]] * (method == "mtt")
+    assert call("evaluate", *flags)[0] == 0
+    found = evaluate.training_set(f"out/{files[0].split('.')[0]}_{method}.pt")
+    assert torch.equal(found[0], images) and torch.equal(found[1], labels)
+    assert call("evaluate", path)[0] == 0
+    ours, theirs = map(json.loads, open("out/results.jsonl"))
+    assert ours["accuracy"] == theirs["accuracy"] and ours["per_class"] == theirs["per_class"]
+
+
+def test_tensors_that_do_not_fit(finished, home, call):
+    """A wrong guess of the preprocessing is said; what is no tensor is refused."""
+    images, labels, _ = evaluate.training_set(finished("dm") / distilled_path("dm"))
+    torch.save(images * 9 + 40, "i.pt")
+    flags = ["--tensors", "i.pt", "--protocol", "dm", "--dataset", home, "--data-dir", home.parent]
+    assert call("evaluate", *flags)[0] == 0 and "far apart" in call.out
+    for content, word in (
+        (pathlib.Path("code"), "save"),
+        ([1.0], "no tensors"),
+        (images[:, :1], "do not fit"),
+        (images.repeat(5, 1, 1, 1)[:4], "labels"),
+    ):
+        torch.save(content, "i.pt")
+        status, err = call("evaluate", *flags)
+        assert status == 2 and word in err.splitlines()[-1], err
+
+
+def test_pictures(home, call):
+    """Exported pictures of real images, read back, are those images; a used folder is refused."""
+    call("dm", "--iterations", 1, "--lr", 0, "--seed", 3)
+    path = "out/dm_tiny_ipc1_seed3.pt"
+    images, labels, info = evaluate.training_set(path)
+    assert call("evaluate", path, "--export", "pictures")[0] == 0
+    rows = list(csv.reader(open("pictures/labels.csv")))
+    assert rows[1] == ["ant/000.png", "ant", "1 0 0"] and len(rows) == 4
+    assert "0.0 % of the values" in open("pictures/README.txt").read()
+    status, err = call("evaluate", path, "--export", "pictures")
+    assert status == 2 and "not empty" in err
+    for name in ("labels.csv", "README.txt", "grid.png"):
+        os.remove(f"pictures/{name}")
+    flags = [
+        "--tensors",
+        "pictures",
+        "--protocol",
+        "dm",
+        "--dataset",
+        home,
+        "--data-dir",
+        home.parent,
+    ]
+    assert call("evaluate", *flags)[0] == 0
+    assert torch.equal(evaluate.training_set("out/pictures_dm.pt")[0], images)
+
+
+def test_clipped_pictures(finished, call):
+    """The share of values that pictures can't hold is said."""
+    content = load(finished("dm") / distilled_path("dm"))
+    content["images"][0] += 100
+    torch.save(content, "dm.pt")
+    assert call("evaluate", "dm.pt", "--export", "pictures")[0] == 0
+    share = re.search(r"([\d.]+) % of the values lie outside", open("pictures/README.txt").read())
+    values = 255 * (content["images"] * content["std"] + content["mean"])
+    outside = (values - 127.5).abs() > 128
+    assert float(share[1]) == pytest.approx(100 * outside.double().mean().item(), abs=0.06)
+
+
+@METHODS
+def test_train_network(method, finished, home, call):
+    """train_network is the first network of a score; --save writes it; classify agrees with it."""
+    path = finished(method) / distilled_path(method)
+    place = {"data_dir": str(home.parent), "device": "cpu"}
+    net, accuracy = evaluate.train_network(path, **place)
+    (row,) = map(json.loads, open(path.parent / "results.jsonl"))
+    assert round(accuracy, 2) == row["accuracy"]
+    call("evaluate", path, "--save", "nets", "--network", "convnet", "resnet10")
+    first, other = sorted(os.listdir("nets"))
+    pictures = sorted(home.glob("test/*/*"))
+    for file, name in ((first, "convnet"), (other, "resnet10")):
+        stored = load(f"nets/{file}")
+        names = [path.parent.name for path in pictures]
+        found = evaluate.classify(f"nets/{file}", *pictures)
+        right = sum(map(operator.eq, found, names)) / len(names)
+        assert stored["network"].startswith(name) and stored["accuracy"] == pytest.approx(
+            100 * right
+        )
+
+
+def test_join(finished, call):
+    """Two sets of one preprocessing become one; others are refused."""
+    call("dm", "--seed", 1)
+    paths = [finished("dm") / distilled_path("dm"), "out/dm_tiny_ipc1_seed1.pt"]
+    assert call("evaluate", *paths, "--join")[0] == 0
+    *_, row = map(json.loads, open("out/results.jsonl"))
+    assert (row["method"], row["per_class"], row["random_per_class"]) == ("dm+dm", 2, 2)
+    _, _, images, labels, _ = evaluate.join_files(paths, evaluate.parse(["x", "--device", "cpu"]))
+    parts = [evaluate.training_set(path) for path in paths]
+    assert torch.equal(images[0], torch.cat([part[0] for part in parts]))
+    assert torch.equal(labels.argmax(1), torch.cat([part[1] for part in parts]))
+    status, err = call("evaluate", paths[0], finished("frepo") / distilled_path("frepo"), "--join")
+    assert status == 2 and "frepo_tiny_ipc1.pt" in err.splitlines()[-1]
+
+
+def test_other_data(finished, home, call, tmp_path):
+    """Other training images are refused, other test images are said."""
+    path = finished("dm") / distilled_path("dm")
+    shutil.copytree(home, tmp_path / "d/tiny")
+    os.remove(tmp_path / "d/tiny/test/bee/0.png")
+    flags = [path, "--dataset", "tiny", "--data-dir", "d", "--runs", "1"]
+    assert call("evaluate", *flags)[0] == 0 and "test images of tiny are not those" in call.out
+    os.remove(tmp_path / "d/tiny/train/bee/0.png")
+    status, err = call("evaluate", *flags)
+    assert status == 2 and "training images" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--coreset random herding k-center forgetting --ipc 2", "--corruption"]
+)
+def test_other_scores(flags, finished, home, call):
+    """Core-sets and corrupted test images: a row each."""
+    path = [finished("dm") / distilled_path("dm")] * (flags == "--corruption")
+    assert call("evaluate", *path, *flags.split(), "--dataset", home)[0] == 0
+    rows = list(map(json.loads, open("out/results.jsonl")))
+    assert len(rows) == (1 if path else 4)
+    assert np.shape(rows[0]["accuracy"]) == ((6,) if path else ())
+
+
 # ------------------------------------------------------------ mistakes
 
 MISTAKES = """
@@ -271,7 +458,7 @@ mtt --no-such-flag 1 > --no-such-flag
 frepo --iteration 3 > --iterations
 dm --iterations 2 > dm_tiny_ipc1.ckpt 3 iterations --out
 frepo --iterations 4 > frepo_tiny_ipc1.ckpt differs in iterations --out
-translator_fewshot --iterations 4 > _tiny_ipc1.ckpt differs in iterations --out
+translator_fewshot --iterations 4 > .ckpt differs in iterations --out
 dm --lr 2 > dm_tiny_ipc1.ckpt lr --out
 dm --out JUNK > dm_tiny_ipc1.ckpt broken
 dm --ipc 0 > --ipc 0
@@ -285,11 +472,12 @@ dm --device toaster > --device toaster
 dm --size 8 > 8x8 --size
 dm --out FILE/out > FILE
 haba --ipc 1 > --bpc bases
-haba --depth 0 --channels 8 > --depth 0
-haba --hallucinators 0 --basis-channels 2 > --hallucinators 0
+haba --depth 0 --channels 8 --out other > --depth 0
+haba --hallucinators 0 --basis-channels 2 --out other > --hallucinators 0
 dm --dataset glyphs --size 32 > glyphs 16x16
-kfs --real-means 2 --batch-real 4 > --real-means --batch-real
-kfs --fixed-decoders DM > DM kfs.py
+kfs --ipc 13 --codes 0 > codes 12 --ipc
+kfs --real-means 2 --batch-real 4 --out other > --real-means --batch-real
+kfs --fixed-decoders DM --out other > DM kfs.py
 translator_fewshot --eval-every 1 > --eval-every
 translator_fewshot --mode adapted > --translator
 translator_fewshot --mode adapted --translator DM > DM
@@ -327,7 +515,7 @@ def test_mistake(mistake, finished, home, call, tmp_path):
     flags, words = mistake.split(">")
     status, err = call(script, *flags.split()[1:])
     assert status == 2, err
-    (line,) = err.splitlines()
+    (line,) = [line for line in err.splitlines() if "iterations, loss" not in line]
     assert line.startswith(f"{script}.py: ")
     assert [word for word in words.split() if word not in line] == [], line
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -338,16 +526,33 @@ def test_loss_not_finite(method, call):
     """A learning rate that is too large is told; no distilled file is written."""
     flag = {"mtt": "--lr-images", "haba": "--lr-bases", "kfs": "--lr-decoders"}.get(method, "--lr")
     status, err = call(method, flag, "1e30", "--iterations", 20)
-    assert status == 2 and "smaller learning rates" in err.splitlines()[-1]
+    assert status == 2 and "smaller rate" in err.splitlines()[-1]
+    assert not os.path.exists(distilled_path(method))
+
+
+@pytest.mark.parametrize("method, slope", [("mtt", 1.0), ("mtt", -1.0), ("haba", -1.0)])
+def test_step_size_out_of_range(method, slope, call, monkeypatch):
+    """A step size below 0, or 100 times the first one, is refused, with the rate to lower."""
+    found = torch.tensor(0.5), torch.tensor(1e9 * slope)
+    monkeypatch.setattr(importlib.import_module(method), "match_trajectory", lambda *_: found)
+    status, err = call(method)
+    assert status == 2 and "lr_step" in err.splitlines()[-1]
     assert not os.path.exists(distilled_path(method))
 
 
 def test_stale_adaptation(call):
-    """A translator adapted to other images is not taken for these."""
-    assert call("translator_fewshot")[0] == 0
-    os.remove(distilled_path("translator_fewshot").replace(".pt", ".ckpt"))
-    status, err = call("translator_fewshot", "--iterations", 5)
-    assert status == 2 and "_adapted.ckpt differs in experts or inputs" in err.splitlines()[-1]
+    """A translator that was replaced is not taken for the one that was adapted."""
+    assert call("translator_fewshot", "--mode", "scratch")[0] == 0
+    (path,) = pathlib.Path("out").glob("*_adapted.pt")
+    content = load(path)
+    torch.save(content, "t.pt")
+    flags = ("--mode", "adapted", "--translator", "t.pt")
+    for _ in range(2):
+        assert call("translator_fewshot", *flags)[0] == 0
+    content["weights"]["layers.0.bias"] += 1
+    torch.save(content, "t.pt")
+    status, err = call("translator_fewshot", *flags)
+    assert status == 2 and "_adapted.ckpt differs in inputs" in err.splitlines()[-1]
 
 
 def test_table(tmp_path, capsys):
