@@ -169,14 +169,10 @@ def setup(args):
     return torch.device(device)
 
 
-def is_bfloat16(device):
-    """Whether `autocast` computes in bfloat16: on a CPU with instructions for it."""
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
 def autocast(device):
-    """A context: bfloat16 on CPUs with AVX-512 BF16, float32 elsewhere."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16(device))
+    """A context: bfloat16 on CPUs with AVX-512 BF16; no change elsewhere (on a GPU: TF32)."""
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
 # ------------------------------------------------------------ data
@@ -287,7 +283,7 @@ def read_images(args):
             images, labels = zip(*sorted(found, key=lambda sample: sample[1]), strict=True)
             splits.append((to_pixels(images, args.size), torch.tensor(labels)))
         return splits, list(getattr(found, "classes", "0123456789")), f"{name} by torchvision"
-    except (OSError, ValueError, RuntimeError, SyntaxError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         hint = f": put it into {places[-1]}/train/<class>/ and test/<class>/" * (name in STATS)
         raise UserError(f"{name} cannot be read ({reason}){hint}") from None
@@ -299,8 +295,9 @@ def read_folder(folder, args):
     classes, train = listed["train"]
     same = [name for name in ("test", "val") if listed[name][0] == classes]
     if len(classes) < 2 or not same:
-        found = "; ".join(f"{name}/ has {', '.join(listed[name][0][:5])}" for name in listed)
-        raise UserError(f"{folder} needs two or more classes, the same to train and test: {found}")
+        differ = {*classes} ^ {*(listed["test"][0] or listed["val"][0])}
+        found = ", ".join(sorted(differ)[:5]) or "one class only"
+        raise UserError(f"{folder}: train/ and test/ (or val/) need the same classes ({found})")
     paths, labels = zip(*train, *listed[same[0]][1], strict=True)
     # a cache is of the path, size and change time of each file
     states = [(os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_ctime_ns) for p in paths]
@@ -325,11 +322,15 @@ def list_images(folder):
 
 def open_image(path):
     """Open an image as a viewer shows it, in RGB. Raises ValueError where that needs a guess."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        several = getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
-        if image.mode.startswith("I;16") or (image.mode == "I" and file.format in ("PNG", "PPM")):
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            several = getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
+            is_short = file.mode.startswith("I;16") or file.format in ("PNG", "PPM")
+    except Exception as error:
+        raise ValueError(f"{path}: {error}") from None
+    if image.mode.startswith("I") and is_short:
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     clear = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
     if several or clear or image.mode in ("I", "F"):
         raise ValueError(f"{path} has several frames, transparent pixels or 32 bits: use 8-bit RGB")
@@ -402,8 +403,12 @@ class Preprocess:
         mean = (pixels.sum(0, dtype=torch.int64) / len(pixels) / 255).float()
         if kind == "zca":
             std = torch.ones_like(std)
-        whiten = cached(cache, partial(fit_zca, pixels, mean, std, kind)).to(pixels.device)
-        return cls(kind, mean, std, whiten)
+        if not cache.exists():
+            x = ((pixels / 255 - mean) / std).flatten(1)
+            values, vectors = torch.linalg.eigh((x.T @ x).double() / (len(x) - 1))
+            ridge = 0.1 if kind == "zca" else 0.1 * values.mean()
+            save((vectors / (values.clamp_min(0) + ridge).sqrt() @ vectors.T).float(), cache)
+        return cls(kind, mean, std, load(cache, "a cache").to(pixels.device))
 
     def __call__(self, pixels):
         """uint8 pixels (n, c, h, w) -> network inputs, float32."""
@@ -417,14 +422,6 @@ class Preprocess:
         if self.whiten is not None:
             images = torch.linalg.solve(self.whiten, images.flatten(1), left=False).view_as(images)
         return images * self.std + self.mean
-
-
-def fit_zca(pixels, mean, std, kind):
-    """Whitening matrix W (d, d) of uint8 pixels, see Preprocess."""
-    x = ((pixels / 255 - mean) / std).flatten(1)
-    values, vectors = torch.linalg.eigh((x.T @ x).double() / (len(x) - 1))
-    ridge = 0.1 if kind == "zca" else 0.1 * values.mean()
-    return (vectors / (values.clamp_min(0) + ridge).sqrt() @ vectors.T).float()
 
 
 # ------------------------------------------------------------ augmentation
@@ -621,6 +618,8 @@ def train(data, images, labels, protocol, *key):
     for epoch in progress(range(protocol.length(len(labels))), "training epochs"):
         optimizer.param_groups[0]["lr"] = protocol.rate(epoch, len(labels))
         train_epoch(net, optimizer, data, images, labels, protocol, *key, epoch)
+    if not all(p.isfinite().all() for p in net.parameters()):
+        raise UserError(f"a network diverged in training: is the rate of {protocol.lr} too large?")
     return net.eval()
 
 
@@ -640,31 +639,29 @@ def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
     return net, accuracy(net, data.test, data.test_labels)
 
 
-def score(data, distilled, images, labels, protocol, args, keep=lambda *_: None):
-    """Score a distilled set, and random real images of its storage, -> row of results.jsonl.
+def score(data, distilled, images, labels, protocol, args):
+    """Score a distilled set and random real images of its storage.
 
-    keep(k, network, accuracy) is called with each network trained on the distilled set.
+    -> row of results.jsonl, [(network, accuracy in %)] of those trained on the distilled set.
     """
     real_per_class = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
     real_per_class = min(real_per_class, data.smallest_class)
     began = time.time()
-    ours = []
+    trained = []
     random = []
     for k in range(args.runs):
         rest = protocol, args, distilled["step_size"], k
-        net, found = train_and_test(data, images, labels, *rest)
-        keep(k, net, found)
-        ours.append(found)
+        trained.append(train_and_test(data, images, labels, *rest))
         real, real_labels = data.sample(real_per_class, args.seed, "random real", k)
         rest = protocol.baseline(), args, None, k
         random.append(train_and_test(data, real[None], real_labels, *rest)[1])
 
-    names = ("method", "dataset", "per_class", "iterations", "seconds", "evaluations", "settings")
+    ours = [found for _, found in trained]
+    names = ("method", "dataset", "per_class", "iterations", "seconds", "settings")
     row = {name: distilled[name] for name in names} | {
         "network": protocol.network(data.shape, len(data.classes)).kind,
         "accuracy": round(np.mean(ours), 2),
         "std": round(np.std(ours), 2),
-        "best": max([value for _, value in distilled["evaluations"]], default=None),
         "random": round(np.mean(random), 2),
         "random_std": round(np.std(random), 2),
         "random_per_class": real_per_class,
@@ -678,7 +675,7 @@ def score(data, distilled, images, labels, protocol, args, keep=lambda *_: None)
     real = "random real images, {random_per_class} per class: {random} +- {random_std} %"
     print(f"{what}: {ours} ({real})".format(**row))
     append_row(row, data.device, args.out)
-    return row
+    return row, trained
 
 
 def append_row(row, device, folder):
@@ -836,14 +833,11 @@ class Run:
     def step(self, it, loss):
         """Record iteration `it`; evaluate; write checkpoint and csv each minute and at the end."""
         done = self.record["done"] = it + 1
-        if self.evaluate and self.args.eval_every and done % self.args.eval_every == 0:
-            # two networks, as a curve of one network misleads
-            found = [self.evaluate(k=k)[1] for k in (0, 1)]
-            self.record["evaluations"].append((done, round(sum(found) / 2, 2)))
         last = done == self.steps
+        evaluates = self.evaluate and self.args.eval_every and done % self.args.eval_every == 0
         if last or done % math.ceil(self.steps / 100) == 0:
             self.record["losses"] += f"{done},{loss.item()},{time.time() - self.began:.1f}\n"
-        if not last and time.time() - self.saved < 60:
+        if not last and not evaluates and time.time() - self.saved < 60:
             return
 
         state = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in self.state.items()}
@@ -851,6 +845,10 @@ class Run:
         if not all(tensor.isfinite().all() for tensor in tensors):
             rates = ", ".join(name for name in vars(self.args) if name.startswith("lr"))
             raise UserError(f"diverged before iteration {done}: use a smaller rate ({rates})")
+        if evaluates:
+            # two networks, as a curve of one network misleads
+            found = [self.evaluate(k=k)[1] for k in (0, 1)]
+            self.record["evaluations"].append((done, round(sum(found) / 2, 2)))
         if file_version(self.path) != self.version:
             raise UserError(f"another run has written {self.path}: change --out")
         self.saved = time.time()

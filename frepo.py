@@ -1,25 +1,25 @@
 """FRePo: dataset distillation using neural feature regression (Zhou et al., NeurIPS 2022).
 
-Training on the synthetic set is cut down to the last layer, which kernel ridge regression solves in
-closed form. With features f of a network, synthetic images X_s and learned labels y_s, and a real
+Only the last, linear layer is fitted to the synthetic set, in closed form by kernel ridge
+regression. With features f of a network, synthetic images X_s and learned labels y_s, and a real
 batch X_t with labels y_t,
 
     L = 1/2 || y_t - K_ts (K_ss + lambda I)^-1 y_s ||^2,  K_ab = f(X_a) f(X_b)^T    (survey Eq. 17)
 
 The features come from a pool of networks that train on the current synthetic set. Each iteration
 draws one of them, updates X_s and y_s, then trains it for one step (Eq. 18); after 100 steps it is
-replaced by a newly initialized one. So the pool covers all stages of training. The distilled
-images and soft labels train a fresh network of this kind by squared error.
+replaced by a newly initialized one, so the pool has networks of all ages. Evaluation trains a fresh
+ConvNet on the distilled images and soft labels by squared error.
 
     python frepo.py                                # glyphs, drawn here: minutes on a CPU
     python frepo.py --dataset cifar10 --ipc 1      # the paper: 500,000 iterations, 46.8 +- 0.7 %
 
 Measured on CIFAR-10, --ipc 1: 41.9 +- 0.3 % with --iterations 1000 --lr 0.01 --batch-real 512.
 
-Beyond Eq. 17, as in the authors' code: lambda is in units of trace(K_ss) / n, mirror images join
-X_s, a hinge on the margin of y_s is added to L, and there is batch norm in the pool's networks, no
-norm in the score's. Unlike Eq. 17: a mean over real images in L. Unlike the authors' JAX code:
-torch's initialization (theirs: LeCun's).
+As in the authors' JAX code, beyond Eq. 17 and 18: lambda is in units of trace(K_ss) / n; X_s
+includes its mirror images; L has a term on the margin of y_s; LAMB updates X_s and y_s, Adam the
+networks; these have batch norm, the evaluated ones no norm. Unlike the code: torch's initialization
+(theirs: LeCun's). Unlike Eq. 17: L is a mean over real images.
 """
 
 import math
@@ -40,15 +40,15 @@ class Args(common.Args):
     ipc: int = arg(1, "synthetic images per class")
     iterations: int = arg(500000, "iterations of the distillation")
     zca: bool = arg(True, "whiten the images")
-    lr: float = arg(3e-4, "learning rate of images and labels (LAMB), a cosine to a tenth")
+    lr: float = arg(3e-4, "first learning rate of images and labels (LAMB), a cosine to a tenth")
     batch_real: int = arg(1024, "real images in an iteration, |X_t|")
     ridge: float = arg(1e-6, "lambda, in units of trace(K_ss) / n")
     pool: int = arg(10, "networks in the pool")
     max_age: int = arg(100, "steps after which a network is replaced")
     lr_pool: float = arg(3e-4, "learning rate of the networks (Adam)")
-    batch_pool: int = arg(500, "synthetic images in a step of a network, at most")
+    batch_pool: int = arg(500, "at most so many synthetic images in a step of a network")
     mirror: bool = arg(True, "use mirror images of the synthetic images as well")
-    weight_margin: float = arg(1.0, "weight of the hinge on the labels' margin")
+    weight_margin: float = arg(1.0, "weight of margin_loss")
 
     whitening = "zca-trace"
     # not the iterations: the rate is a cosine over them
@@ -70,14 +70,14 @@ PRESETS = {
 }
 
 
-# ------------------------------------------------------------ FRePo, as in translator_fewshot.py
+# --------------------------------- regression and protocol (a copy is in translator_fewshot.py)
 
 
 def krr(support, labels, ridge=1e-6):
-    """Kernel ridge regression (survey Eq. 14): w = f^T (f f^T + ridge trace(f f^T) / n I)^-1 y.
+    """Kernel ridge regression (survey Eq. 14): w = f^T (f f^T + lambda I)^-1 y.
 
-    support f (n, d), labels y (n, C) -> w (d, C); features (m, d) @ w are the predictions. In
-    float64, as float32 rounds the ridge away; all NaN if the Cholesky factorization fails.
+    support f (n, d), labels y (n, C) -> w (d, C); features (m, d) @ w are predictions. lambda is
+    ridge trace(f f^T) / n, float64, as float32 rounds it away. NaN if Cholesky's method fails.
     """
     f = support.double()
     kernel = f @ f.T
@@ -88,7 +88,7 @@ def krr(support, labels, ridge=1e-6):
 
 
 def half_square(predicted, labels):
-    """Half the squared error, summed over classes, mean over images (survey Eq. 17)."""
+    """Half the squared error, summed over classes, mean over images (survey Eq. 17: a sum)."""
     return 0.5 * (predicted - labels).square().sum(1).mean()
 
 
@@ -98,7 +98,7 @@ def center_labels(labels, classes, scale=1.0):
 
 
 def margin_loss(labels):
-    """FRePo's hinge on soft labels (n, C): -min(largest - second largest, 1 / C), averaged."""
+    """Reward the gap of the two largest labels: -min(first - second, 1 / C), mean over (n, C)."""
     first, second = labels.topk(2).values.T
     return -(first - second).clamp(max=1 / labels.shape[1]).mean()
 
@@ -109,7 +109,7 @@ def distill_rate(step, steps):
 
 
 def frepo_augment(images, flip, *key, scale=False):
-    """Apply FRePo's scoring augmentation; scale: add scaling, as the authors' PyTorch branch."""
+    """Apply one of FRePo's transforms; scale: DSA's scaling, too, as in their PyTorch branch."""
     names = ["color", "crop", "translate", "cutout", "rotate"] + ["flip"] * flip + ["scale"] * scale
     name = names[common.hash_int(*key) % len(names)]
     side = images.shape[-1]
@@ -120,7 +120,7 @@ def frepo_augment(images, flip, *key, scale=False):
         # brightness +-0.25, saturation and contrast exp(+-0.25)
         return common.adjust_color(images, a / 4, (b / 4).exp(), (c / 4).exp())
     if name == "crop":
-        # zoom 0.8 .. 1.25
+        # a window of 0.8 .. 1.25 of the side, edges repeated
         zoom = 1.025 + 0.225 * a
         return common.warp(images, zoom, 0, 0, zoom, padding="border")
     if name == "translate":
@@ -153,7 +153,7 @@ class FrepoProtocol(common.Protocol):
 
     def length(self, count):
         nearest = min(STEPS, key=lambda n: abs(math.log(count / n)))
-        return self.epochs or STEPS[nearest] // math.ceil(count / 500)
+        return self.epochs or STEPS[nearest] // math.ceil(count / self.batch)
 
     def rate(self, epoch, count):
         """Linear warm-up of 500 steps (at most half of all), then half a cosine to 1/100."""
@@ -198,7 +198,7 @@ def build_network(shape, classes):
     net = common.ConvNet(shape, classes, frepo=True)
     for i in reversed(range(1, len(net.blocks))):
         if isinstance(net.blocks[i], nn.Conv2d):
-            # running statistics are nine tenths those of the newest batch
+            # 0.9 is the weight of the newest batch in the running statistics
             net.blocks.insert(i, nn.BatchNorm2d(net.blocks[i].in_channels, momentum=0.9))
     return net
 
@@ -221,7 +221,7 @@ def distill(data, args, path):
 
     state = {"images": images, "labels": labels, "optimizer": optimizer}
     state |= {"pool": pool, "pool_optimizer": pool_optimizer, "ages": ages}
-    # views: they follow the in-place updates
+    # views of images and labels, also after updates
     distilled_set = (images.detach()[None], labels.detach(), protocol(args))
     run.restore(state, partial(common.train_and_test, data, *distilled_set, args))
     for it in common.progress(range(run.start, args.iterations), "iterations"):
@@ -229,14 +229,14 @@ def distill(data, args, path):
         k = common.hash_int(*key, "network") % args.pool
         net = pool[k].requires_grad_(False).eval()
 
-        # Eq. 17: ridge regression from the synthetic features to the real ones, both with the
-        # running statistics of the synthetic set
+        # Eq. 17: ridge regression on the synthetic features predicts the real labels; batch norm
+        # uses running statistics, which only the steps on the synthetic set below update
         real, real_labels = data.batch(args.batch_real, *key, "real")
-        target = common.frozen_features(net, real)
+        real_features = common.frozen_features(net, real)
         copies = 2 if args.mirror and data.flip else 1
         support = torch.cat([images, images.flip(3)][:copies])
         support_labels = labels.repeat(copies, 1)
-        predicted = target @ krr(net.features(support), support_labels, args.ridge)
+        predicted = real_features @ krr(net.features(support), support_labels, args.ridge)
         loss = half_square(predicted, center_labels(real_labels, classes))
         optimizer.param_groups[0]["lr"] = args.lr * distill_rate(it, args.iterations)
         optimizer.zero_grad()
@@ -251,7 +251,7 @@ def distill(data, args, path):
             index = torch.randperm(len(images), device=data.device)[: args.batch_pool]
         # the other networks have no gradients and are skipped
         pool_optimizer.zero_grad()
-        # in one batch, for its statistics
+        # not net.features, which splits the batch: batch norm needs all of it
         features = net.blocks(images.detach()[index]).flatten(1)
         half_square(net.classifier(features), labels.detach()[index]).backward()
         pool_optimizer.step()
@@ -267,7 +267,7 @@ def distill(data, args, path):
 
 
 def decode(distilled, device="cpu"):
-    """The images of a distilled file (1, n, c, h, w) and their soft labels (n, C)."""
+    """Images (1 variant, n, c, h, w) and soft labels (n, C) of a distilled file."""
     return distilled["images"].to(device)[None], distilled["labels"].to(device)
 
 

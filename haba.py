@@ -41,10 +41,8 @@ class Args(common.Args):
     hallucinators: int = arg(5, "|H|: hallucinators; 0: bases are images, enlarged", 0)
     class_hallucinators: bool = arg(False, "each class has |H| hallucinators of its own (Tab. 5)")
     share_conv: bool = arg(False, "all hallucinators share encoder and decoder (supplement Tab. 5)")
-    depth: Literal[0, 1, 2, 3] = arg(1, "conv-ReLU blocks in the encoder, and in the decoder")
-    channels: int = arg(
-        0, "c'': channels of the first block; 0: as the image, 8 from depth 2 on", 0
-    )
+    depth: Literal[0, 1, 2, 3] = arg(1, "convolutions in the encoder, and in the decoder")
+    channels: int = arg(0, "c'': channels of block 1; 0: as the image, 8 from depth 2 on", 0)
     basis_channels: int = arg(0, "c': channels of a basis; 0: as the image", 0)
     basis_size: int = arg(0, "h', w': side of a basis; 0: as the image", 0)
     lr_bases: float = arg(100.0, "eta_B: bases' rate (SGD, momentum 0.95; dm, dc 0.5)")
@@ -52,13 +50,13 @@ class Args(common.Args):
     weight_cos: float = arg(0.1, "lambda_cos (Eq. 6); dm, dc: times |grad L_DD| / |grad L_cos|")
     weight_con: float = arg(0.1, "lambda_con: weight of L_con (Eq. 4)")
     weight_task: float = arg(1.0, "lambda_task: weight of the cross-entropy of F (Eq. 4)")
-    dsa: bool = arg(True, "augment hallucinated images by DSA (Tab. 6)")
-    batch: int = arg(0, "bases per student step, Eq. 4, 5 (paper: 300); 0: all", 0)
+    dsa: bool = arg(True, "augment hallucinated images by DSA (Tab. 6); experts always have it")
+    batch: int = arg(0, "bases per student step, Eq. 4, 5 (paper: 300 from 1,001 on); 0: all", 0)
     experts: int = arg(100, "mtt: expert trajectories; missing ones are trained")
     student_steps: int = arg(30, "mtt: N, student steps per iteration")
     expert_epochs: int = arg(2, "mtt: M, expert epochs to match")
     max_start: int = arg(20, "mtt: a student starts at expert epoch t in 0 .. max_start - 1")
-    step_size: float = arg(0.01, "mtt: first value of alpha, the learning rate of the student")
+    step_size: float = arg(0.01, "mtt: first value of alpha, the student's learning rate", 0.001)
     lr_step: float = arg(1e-5, "mtt: learning rate of alpha (SGD, momentum 0.9)")
     batch_real: int = arg(256, "dm, dc: real images per class and iteration")
     matches: int = arg(10, "dc: iterations with one network")
@@ -73,8 +71,8 @@ SHORT |= dict(expert_epochs=4, step_size=0.005, batch_real=64, net_epochs=5, run
 # The paper has eta_H = eta_B, but with that the hallucinators diverge
 DM = dict(iterations=20000, lr_bases=1.0, lr_hallucinators=0.001)
 DC = dict(lr_bases=0.1, lr_hallucinators=0.001)
-# mtt: the authors' settings; CIFAR-100: MTT's with ZCA and the paper's batch
-# dc: Tab. 2 has DC without DSA: add --no-dsa
+# mtt: the authors' settings; CIFAR-100: MTT's with ZCA and the paper's batch; SVHN: CIFAR-10's
+# dc: we read Tab. 2's DC as without DSA: add --no-dsa
 PRESETS = {
     "mtt": {
         ("cifar10", 1): dict(zca=True, student_steps=50, max_start=2, lr_step=1e-7),
@@ -97,10 +95,10 @@ PRESETS["mtt"] |= {("svhn", bpc): PRESETS["mtt"]["cifar10", bpc] for bpc in (1, 
 
 
 class Hallucinator(nn.Module):
-    """Encoder, scale and shift, decoder (Eq. 2): bases (b, c', h, w) -> images (b, c, h, w).
+    """Encoder, scale sigma, shift mu, decoder (Eq. 2): bases (b, c', h, w) -> images (b, c, h, w).
 
-    At 3x32x32, depths 0 to 3 have 6,144, 6,312, 10,963 and 16,131 parameters (supplement Tab. 3).
-    The last block has no ReLU, as inputs are signed. The authors' code has no ReLU and no padding.
+    Depths 0 to 3 have 6,144, 6,312, 10,963, 16,131 parameters at 3x32x32 (supplement Tab. 3). Ours:
+    each block doubles the width; no ReLU at the end, as inputs are signed (authors: no ReLU).
     """
 
     def __init__(self, shape, args):
@@ -118,7 +116,6 @@ class Hallucinator(nn.Module):
         self.encoder = nn.Sequential(*encoder[1:])
         self.decoder = nn.Sequential(*decoder[2:])
         features = self.encoder(torch.zeros(1, basis_channels, *shape[1:]))[0]
-        # sigma and mu
         self.scale = nn.Parameter(torch.ones_like(features))
         self.shift = nn.Parameter(torch.zeros_like(features))
 
@@ -169,8 +166,8 @@ class FactorizedSet(nn.Module):
 
 
 def contrastive_loss(features, labels, temperature=0.07):
-    """L_con (Eq. 3) of features (n, d), labels (n,). Positives: the class (Eq. 3: the basis)."""
-    # features of length 1 and a mean over images, as in the authors' code (Eq. 3: neither)
+    """L_con of features (n, d), labels (n,) as in the authors' code: SupCon (Eq. 3: half of it)."""
+    # features of length 1; positives: of the class (Eq. 3: the basis); denominator: all others
     x = F.normalize(features)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     log_p = (x @ x.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
@@ -178,14 +175,14 @@ def contrastive_loss(features, labels, temperature=0.07):
     return -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
 
 
-# ------------------------------------------------------------ trajectories, as in mtt.py
+# ------------------------------------------------------------ trajectories (a copy is in mtt.py)
 
 
 def load_experts(data, args, record):
     """Load expert trajectories (MTT Sec. 3.1), train missing ones -> (experts, epochs + 1, P).
 
-    A new run takes existing files, also of other seeds (with --iterations 0 only its own, so that
-    an array job fills one folder); a continued run takes those that its checkpoint, record, names.
+    P parameters. A new run takes existing files, its own seed's first (with --iterations 0 no
+    others, for array jobs), and notes their names in `record`, for the checkpoint to be resumed.
     """
     name = f"{data.name}_{data.fingerprint}" + "_no-flip" * (not data.flip)
     folder = pathlib.Path(args.data_dir) / "experts" / name
@@ -194,37 +191,38 @@ def load_experts(data, args, record):
     ranked = sorted({*own, *found}, key=lambda name: (name not in found, name not in own, name))
     names = record.setdefault("experts", sorted(ranked[: args.experts]))
     epochs = args.max_start - 1 + args.expert_epochs
-    return torch.stack([train_expert(data, folder / name, epochs) for name in names])
+    experts = [train_expert(data, folder / name, epochs) for name in names]
+    return torch.stack(experts).to(data.device)
 
 
 def train_expert(data, path, epochs):
-    """Load an expert, train what is missing (SGD, lr 0.01, batch 256, DSA) -> (epochs + 1, P)."""
+    """Load an expert and train its missing epochs (SGD, lr 0.01, DSA) -> (epochs + 1, P), CPU."""
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(path.stem)
-    trajectory = flatten(net)[None]
+    trajectory = flatten(net).cpu()[None]
     if path.exists():
-        trajectory = common.load(path, "an expert").to(data.device)
+        trajectory = common.load(path, "an expert")
         net.load_state_dict(unflatten(net, trajectory[-1]))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     real = data.train[None], data.train_labels, common.Protocol()
     for epoch in common.progress(range(len(trajectory) - 1, epochs), path.stem):
         common.train_epoch(net, optimizer, data, *real, path.stem, epoch)
-        trajectory = torch.cat([trajectory, flatten(net)[None]])
-        common.save(trajectory.cpu(), path)
+        trajectory = torch.cat([trajectory, flatten(net).cpu()[None]])
+        common.save(trajectory, path)
     return trajectory[: epochs + 1]
 
 
 def sample_segment(experts, args, *key):
-    """Parameters (P,) of a random expert at epochs t and t + M, t < max_start (the paper: <=)."""
+    """Draw an expert and t < max_start (MTT: <=) -> its parameters at t and t + M, each (P,)."""
     expert = experts[common.hash_int(*key, "expert") % len(experts)]
     t = common.hash_int(*key, "start") % args.max_start
     return expert[t], expert[t + args.expert_epochs]
 
 
 def student_indices(count, batch, step, *key, device="cpu"):
-    """Draw the images of a student step: all (a slice), or a batch of a shuffled pass (b,)."""
+    """Indices of a student step's images: all (a slice), or a batch of a shuffled pass (b,)."""
     if not 0 < batch < count:
         return slice(None)
-    # the rest of a pass that does not fill a batch is dropped; the authors' code uses it
+    # an incomplete last batch of a pass is dropped; the authors' code uses it
     steps = count // batch
     common.seed(*key, "pass", step // steps)
     return torch.randperm(count, device=device)[step % steps * batch :][:batch]
@@ -252,26 +250,28 @@ def student_gradient(net, params, images, labels, create_graph=True):
 
 @lru_cache(2)
 def graphed_gradient(net, shape, create_graph):
-    """Capture student_gradient for images of `shape` as a CUDA graph; on a CPU: as it is."""
+    """Capture student_gradient for images of `shape` as a CUDA graph; a CPU calls it directly."""
     params = flatten(net).requires_grad_()
-    step = partial(student_gradient, net, create_graph=create_graph)
+    gradient = partial(student_gradient, net, create_graph=create_graph)
     if not params.is_cuda:
-        return step
+        return gradient
     images = torch.zeros(shape, dtype=params.dtype, device=params.device).requires_grad_()
     labels = torch.zeros(shape[0], dtype=torch.int64, device=params.device)
-    # one launch in place of hundreds; a call overwrites the result of the last one
-    graphed = torch.cuda.make_graphed_callables(step, (params, images, labels))
-    # a product, as autograd may keep the graph's memory as the .grad of a leaf
+    # one launch in place of hundreds; a call overwrites the result of the previous one
+    graphed = torch.cuda.make_graphed_callables(gradient, (params, images, labels))
+    # times 1, or the .grad of an image leaf could be the graph's own memory
     return lambda params, images, labels: graphed(params, images * 1, labels)
 
 
 def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
-    """Match an expert's segment from start to target (P,) (HaBa Eq. 7, survey Eq. 30).
+    """Compute the loss of a student of `steps` steps, and its gradient (HaBa Eq. 7, survey Eq. 30).
 
-    batch(n) -> images, labels of step n; gradients accumulate in its leaves. The last `kept` steps
-    keep their graphs (on a GPU none), others are rebuilt. -> loss, gradient of step_size (0-d).
+    start, target (P,): an expert's segment; batch(n): images and labels of step n, in each call the
+    same, whose leaves collect their gradient. -> loss, gradient of alpha, the step size (0-d).
+    Backpropagation by hand, in bounded memory: the last `kept` steps keep their graphs (on a GPU
+    none), the others are computed again.
     """
-    lr = step_size.detach()
+    alpha = step_size.detach()
     student = start
     tape = []
     for n in range(steps):
@@ -281,23 +281,23 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
         params = student.detach().requires_grad_()
         gradient = graphed_gradient(net, images.shape, keep)(params, images, labels)
         tape.append((params, gradient if keep else None))
-        student = student - lr * gradient.detach()
+        student = student - alpha * gradient.detach()
 
     scale = (start - target).square().sum()
     loss = (student - target).square().sum() / scale
-    # dL / d student, carried back step by step
+    # dL / d student, back through student_{n+1} = student_n - alpha gradient(student_n, images)
     adjoint = 2 * (student - target) / scale
-    step_size_grad = torch.zeros_like(lr)
+    alpha_grad = torch.zeros_like(alpha)
     for n in reversed(range(steps)):
         params, gradient = tape.pop()
         if gradient is None:
             images, labels = batch(n)
             gradient = graphed_gradient(net, images.shape, True)(params, images, labels)
-        step_size_grad -= gradient.detach() @ adjoint
-        # accumulates in batch's leaves and params.grad
-        (-lr * (gradient @ adjoint)).backward()
+        alpha_grad -= gradient.detach() @ adjoint
+        # adds to the .grad of batch's leaves, and gives params.grad
+        (-alpha * (gradient @ adjoint)).backward()
         adjoint = adjoint + params.grad
-    return loss, step_size_grad
+    return loss, alpha_grad
 
 
 # ------------------------------------------------------------ HaBa
@@ -354,7 +354,7 @@ def distill(data, args, path):
         else:
             loss = match_classes(net, factors, data, args, it)
 
-        # L_cos (Eq. 5) of two hallucinators: j != k is two of the |H|^2 = 4 terms, hence / 2
+        # L_cos (Eq. 5) of two hallucinators: two of |H|^2 = 4 terms have j != k, so half the mean
         if use_adversary:
             images, _ = hallucinate_pair(factors, data, args, it)
             features = adversary.features(images)
@@ -368,7 +368,7 @@ def distill(data, args, path):
 
         # Alg. 1, lines 11, 12
         optimizer.step()
-        # at least 0.001 as in the authors' code; NaN, which no checkpoint takes, if it diverges
+        # at least 0.001, as in the authors' code; above 100 times its first value NaN ends the run
         step_size.clamp_(min=0.001)
         step_size.masked_fill_(step_size > 100 * args.step_size, torch.nan)
 
@@ -387,7 +387,7 @@ def distill(data, args, path):
 
 
 def student_batch(factors, data, args, it, n):
-    """Images, labels of step n through one hallucinator, as in the authors' code (Alg. 1: two)."""
+    """Images, labels of step n by one hallucinator, as in the authors' code (Alg. 1: two)."""
     key = (args.seed, it, "batch")
     index = student_indices(len(factors.bases), args.batch, n, *key, device=data.device)
     j = common.hash_int(*key, n, "hallucinator") % len(factors.hallucinators)
@@ -395,7 +395,7 @@ def student_batch(factors, data, args, it, n):
 
 
 def hallucinate_pair(factors, data, args, it):
-    """Bases through two hallucinators, with DSA as in the authors' code -> (2 b, ...), (2 b,)."""
+    """Bases by two hallucinators -> images (2 b, c, h, w), labels (2 b,). DSA as in their code."""
     key = (args.seed, it, "pair")
     index = student_indices(len(factors.bases), args.batch, 0, *key, device=data.device)
     j = common.hash_int(*key, "j") % args.hallucinators
@@ -405,9 +405,9 @@ def hallucinate_pair(factors, data, args, it):
 
 
 def match_classes(net, factors, data, args, it):
-    """DM's or DC's L_DD, summed over classes -> loss; adds its gradient to the factors.
+    """DM's or DC's L_DD (survey Eq. 31; 22 to 24) -> loss; adds its gradient to the factors.
 
-    Siamese DSA. All hallucinators take part: two would bias the mean features (KFS Eq. 2).
+    Siamese DSA. All hallucinators take part: two would bias the gradient (KFS Eq. 2).
     """
     images = factors.all_images()
     # collects the gradient of all classes

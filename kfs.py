@@ -94,7 +94,7 @@ def layout(args, shape):
     """Shape of a code, number of codes M, and widths of the decoders.
 
     Tables 6 and 9 (shapes) are missing from our copy of the paper. Its text has, for 3x32x32, codes
-    of 12x4x4, 16 for one image, 160 for ten (printed: 16; there the preset takes High-R: 12x8x8).
+    of 12x4x4: 16 for one image, 160 for ten (printed: 16); our preset there: High-R, 40 of 12x8x8.
     """
     c, h, w = shape
     cell = 4 if args.high_res else 8
@@ -107,8 +107,8 @@ def layout(args, shape):
 def start_factors(data, args, fixed=None):
     """Pre-train a decoder as an auto-encoder and copy it D times (App. A) -> codes, Decoders.
 
-    codes (C, M, c', h', w') are encoded real images, a choice of ours. fixed: Decoders to keep;
-    then the encoder alone is trained.
+    Ours: codes (C, M, c', h', w') are encoded real images, the encoder is linear, the copies have
+    10 % of noise. fixed: Decoders to keep; then the encoder alone is trained.
     """
     code, count, widths = layout(args, data.shape)
     fewest = data.smallest_class
@@ -152,10 +152,11 @@ def distill(data, args, path):
     if args.zca:
         raise common.UserError("decoders give pixels in [0, 1], not whitened ones: leave out --zca")
     args = replace(args, batch_real=data.at_most(args.batch_real))
-    run = common.Run(path, data, args)
+    fixed = load_decoders(args, data) if args.fixed_decoders else None
+    weights = nn.utils.parameters_to_vector(fixed.parameters()).detach() if fixed else None
+    run = common.Run(path, data, args, inputs=weights)
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
     real_means = load_real_means(net, data, args) if args.real_means else None
-    fixed = load_decoders(args, data) if args.fixed_decoders else None
     # the checkpoint of a run that is continued takes the place of the pre-training
     codes, decoders = start_factors(data, replace(args, pretrain=0) if run.start else args, fixed)
     groups = [
@@ -166,7 +167,6 @@ def distill(data, args, path):
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.drops, gamma=0.2)
     state = {"codes": codes, "optimizer": optimizer, "schedule": schedule}
     if not fixed:
-        # those of a file are never taken from a checkpoint
         state["decoders"] = decoders
 
     def evaluate(k):
@@ -236,7 +236,8 @@ def load_real_means(net, data, args):
     """Load or compute K random networks (K, P) and their class means (K, C, d) (Sec. 3.2)."""
     if args.batch_real:
         raise common.UserError("--real-means are over all real images: leave out --batch-real")
-    name = f"{data.name}_{data.fingerprint}" + "_bf16" * common.is_bfloat16(data.device)
+    with common.autocast(data.device):
+        name = f"{data.name}_{data.fingerprint}" + "_bf16" * torch.is_autocast_enabled("cpu")
     stored = []
     for k in common.progress(range(args.real_means), "real means"):
         path = pathlib.Path(args.data_dir) / "real_means" / name / f"network{k:05d}.pt"

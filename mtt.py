@@ -1,20 +1,20 @@
 """MTT: dataset distillation by matching training trajectories (Cazenavette et al., CVPR 2022).
 
 Experts are ConvNets trained on the real set; their parameters are kept after each epoch. Each
-iteration starts a student at an expert's parameters phi*_t of a random epoch t, trains it for N
+iteration starts a student at an expert's parameters theta*_t of a random epoch t, trains it for N
 steps on the synthetic images and compares it with the expert M epochs later:
 
-    L = || phi_{t+N} - phi*_{t+M} ||^2 / || phi*_t - phi*_{t+M} ||^2     (survey Eq. 30, HaBa Eq. 7)
+    L = || theta_{t+N} - theta*_{t+M} ||^2 / || theta*_t - theta*_{t+M} ||^2       (survey Eq. 30)
 
 The gradient goes back through all N steps to the images and to alpha, the student's learning rate.
-The distilled images train a fresh ConvNet with DSA and the learned alpha. N counts steps and M
-epochs, as in the authors' code (survey Eq. 30: N epochs; HaBa Eq. 7: M steps).
+Evaluation trains a fresh ConvNet on the distilled images, with DSA and the learned alpha. N counts
+steps and M epochs, as in the authors' code (survey Eq. 30: N epochs; HaBa Eq. 7: M steps).
 
     python mtt.py                                  # glyphs, drawn here: minutes on a CPU
     python mtt.py --dataset cifar10 --ipc 1        # the paper: 5,000 iterations, 46.3 +- 0.8 %
 
-Measured on CIFAR-10, --ipc 1: 42.8 +- 0.4 % with --iterations 1000 --experts 16 --expert-epochs 1
---step-size 0.005.
+Measured in a shorter run (five networks): 42.8 +- 0.4 % with --dataset cifar10 --ipc 1
+--iterations 1000 --experts 16 --expert-epochs 1 --step-size 0.005.
 """
 
 import pathlib
@@ -38,13 +38,13 @@ class Args(common.Args):
     student_steps: int = arg(20, "N: student steps per iteration")
     expert_epochs: int = arg(2, "M: expert epochs to match")
     max_start: int = arg(20, "a student starts at expert epoch t in 0 .. max_start - 1")
-    step_size: float = arg(0.01, "first value of alpha, the learning rate of the student")
+    step_size: float = arg(0.01, "first value of alpha, the student's learning rate", 1e-6)
     lr_step: float = arg(1e-5, "learning rate of alpha (SGD, momentum 0.5)")
     lr_images: float = arg(1000.0, "learning rate of the pixels (SGD, momentum 0.5)")
     batch: int = arg(0, "synthetic images per student step; 0: all", 0)
 
 
-# The authors' settings
+# The settings of the authors' code; ours for glyphs
 PRESETS = {
     ("cifar10", 1): dict(zca=True, student_steps=50, max_start=2, lr_images=100.0, lr_step=1e-7),
     ("cifar10", 10): dict(zca=True, student_steps=30, lr_images=100.0, step_size=0.001),
@@ -61,14 +61,14 @@ PRESETS = {
 }
 
 
-# ------------------------------------------------------------ trajectories, as in haba.py
+# ------------------------------------------------------------ trajectories (a copy is in haba.py)
 
 
 def load_experts(data, args, record):
     """Load expert trajectories (MTT Sec. 3.1), train missing ones -> (experts, epochs + 1, P).
 
-    A new run takes existing files, also of other seeds (with --iterations 0 only its own, so that
-    an array job fills one folder); a continued run takes those that its checkpoint, record, names.
+    P parameters. A new run takes existing files, its own seed's first (with --iterations 0 no
+    others, for array jobs), and notes their names in `record`, for the checkpoint to be resumed.
     """
     name = f"{data.name}_{data.fingerprint}" + "_no-flip" * (not data.flip)
     folder = pathlib.Path(args.data_dir) / "experts" / name
@@ -77,37 +77,38 @@ def load_experts(data, args, record):
     ranked = sorted({*own, *found}, key=lambda name: (name not in found, name not in own, name))
     names = record.setdefault("experts", sorted(ranked[: args.experts]))
     epochs = args.max_start - 1 + args.expert_epochs
-    return torch.stack([train_expert(data, folder / name, epochs) for name in names])
+    experts = [train_expert(data, folder / name, epochs) for name in names]
+    return torch.stack(experts).to(data.device)
 
 
 def train_expert(data, path, epochs):
-    """Load an expert, train what is missing (SGD, lr 0.01, batch 256, DSA) -> (epochs + 1, P)."""
+    """Load an expert and train its missing epochs (SGD, lr 0.01, DSA) -> (epochs + 1, P), CPU."""
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(path.stem)
-    trajectory = flatten(net)[None]
+    trajectory = flatten(net).cpu()[None]
     if path.exists():
-        trajectory = common.load(path, "an expert").to(data.device)
+        trajectory = common.load(path, "an expert")
         net.load_state_dict(unflatten(net, trajectory[-1]))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     real = data.train[None], data.train_labels, common.Protocol()
     for epoch in common.progress(range(len(trajectory) - 1, epochs), path.stem):
         common.train_epoch(net, optimizer, data, *real, path.stem, epoch)
-        trajectory = torch.cat([trajectory, flatten(net)[None]])
-        common.save(trajectory.cpu(), path)
+        trajectory = torch.cat([trajectory, flatten(net).cpu()[None]])
+        common.save(trajectory, path)
     return trajectory[: epochs + 1]
 
 
 def sample_segment(experts, args, *key):
-    """Parameters (P,) of a random expert at epochs t and t + M, t < max_start (the paper: <=)."""
+    """Draw an expert and t < max_start (MTT: <=) -> its parameters at t and t + M, each (P,)."""
     expert = experts[common.hash_int(*key, "expert") % len(experts)]
     t = common.hash_int(*key, "start") % args.max_start
     return expert[t], expert[t + args.expert_epochs]
 
 
 def student_indices(count, batch, step, *key, device="cpu"):
-    """Draw the images of a student step: all (a slice), or a batch of a shuffled pass (b,)."""
+    """Indices of a student step's images: all (a slice), or a batch of a shuffled pass (b,)."""
     if not 0 < batch < count:
         return slice(None)
-    # the rest of a pass that does not fill a batch is dropped; the authors' code uses it
+    # an incomplete last batch of a pass is dropped; the authors' code uses it
     steps = count // batch
     common.seed(*key, "pass", step // steps)
     return torch.randperm(count, device=device)[step % steps * batch :][:batch]
@@ -135,26 +136,28 @@ def student_gradient(net, params, images, labels, create_graph=True):
 
 @lru_cache(2)
 def graphed_gradient(net, shape, create_graph):
-    """Capture student_gradient for images of `shape` as a CUDA graph; on a CPU: as it is."""
+    """Capture student_gradient for images of `shape` as a CUDA graph; a CPU calls it directly."""
     params = flatten(net).requires_grad_()
-    step = partial(student_gradient, net, create_graph=create_graph)
+    gradient = partial(student_gradient, net, create_graph=create_graph)
     if not params.is_cuda:
-        return step
+        return gradient
     images = torch.zeros(shape, dtype=params.dtype, device=params.device).requires_grad_()
     labels = torch.zeros(shape[0], dtype=torch.int64, device=params.device)
-    # one launch in place of hundreds; a call overwrites the result of the last one
-    graphed = torch.cuda.make_graphed_callables(step, (params, images, labels))
-    # a product, as autograd may keep the graph's memory as the .grad of a leaf
+    # one launch in place of hundreds; a call overwrites the result of the previous one
+    graphed = torch.cuda.make_graphed_callables(gradient, (params, images, labels))
+    # times 1, or the .grad of an image leaf could be the graph's own memory
     return lambda params, images, labels: graphed(params, images * 1, labels)
 
 
 def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
-    """Match an expert's segment from start to target (P,) (HaBa Eq. 7, survey Eq. 30).
+    """Compute the loss of a student of `steps` steps, and its gradient (HaBa Eq. 7, survey Eq. 30).
 
-    batch(n) -> images, labels of step n; gradients accumulate in its leaves. The last `kept` steps
-    keep their graphs (on a GPU none), others are rebuilt. -> loss, gradient of step_size (0-d).
+    start, target (P,): an expert's segment; batch(n): images and labels of step n, in each call the
+    same, whose leaves collect their gradient. -> loss, gradient of alpha, the step size (0-d).
+    Backpropagation by hand, in bounded memory: the last `kept` steps keep their graphs (on a GPU
+    none), the others are computed again.
     """
-    lr = step_size.detach()
+    alpha = step_size.detach()
     student = start
     tape = []
     for n in range(steps):
@@ -164,23 +167,23 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
         params = student.detach().requires_grad_()
         gradient = graphed_gradient(net, images.shape, keep)(params, images, labels)
         tape.append((params, gradient if keep else None))
-        student = student - lr * gradient.detach()
+        student = student - alpha * gradient.detach()
 
     scale = (start - target).square().sum()
     loss = (student - target).square().sum() / scale
-    # dL / d student, carried back step by step
+    # dL / d student, back through student_{n+1} = student_n - alpha gradient(student_n, images)
     adjoint = 2 * (student - target) / scale
-    step_size_grad = torch.zeros_like(lr)
+    alpha_grad = torch.zeros_like(alpha)
     for n in reversed(range(steps)):
         params, gradient = tape.pop()
         if gradient is None:
             images, labels = batch(n)
             gradient = graphed_gradient(net, images.shape, True)(params, images, labels)
-        step_size_grad -= gradient.detach() @ adjoint
-        # accumulates in batch's leaves and params.grad
-        (-lr * (gradient @ adjoint)).backward()
+        alpha_grad -= gradient.detach() @ adjoint
+        # adds to the .grad of batch's leaves, and gives params.grad
+        (-alpha * (gradient @ adjoint)).backward()
         adjoint = adjoint + params.grad
-    return loss, step_size_grad
+    return loss, alpha_grad
 
 
 # ------------------------------------------------------------ MTT
@@ -204,12 +207,12 @@ def distill(data, args, path):
     optimizer = torch.optim.SGD([images], lr=args.lr_images, momentum=0.5)
     step_size_optimizer = torch.optim.SGD([step_size], lr=args.lr_step, momentum=0.5)
     steps = args.student_steps
-    # as many steps as 550 images of 32x32 fill, less two
+    # steps whose graphs fit in memory: those of 550 images of 32x32, less two
     kept = 550 * 32 * 32 // (args.batch or len(images)) // data.train[0, 0].numel() - 2
 
     state = {"images": images, "step_size": step_size}
     state |= {"optimizer": optimizer, "step_size_optimizer": step_size_optimizer}
-    # a view: it follows images
+    # a view of images, also after updates
     distilled_set = (images.detach()[None], labels, protocol(args))
     run.restore(state, partial(common.train_and_test, data, *distilled_set, args, step_size))
     for it in common.progress(range(run.start, args.iterations), "iterations"):
@@ -219,7 +222,7 @@ def distill(data, args, path):
         loss, step_size.grad = match_trajectory(net, *segment, step_size, batch, steps, kept)
         optimizer.step()
         step_size_optimizer.step()
-        # NaN, which no checkpoint takes, where alpha has left 0 .. 100 times its first value
+        # outside 0 .. 100 times its first value alpha becomes NaN, which ends the run
         outside = (step_size <= 0) | (step_size > 100 * args.step_size)
         step_size.masked_fill_(outside, torch.nan)
         run.step(it, loss)
@@ -239,12 +242,12 @@ def student_batch(images, labels, data, args, it, n):
 
 
 def decode(distilled, device="cpu"):
-    """The images of a distilled file (1, n, c, h, w) and their labels (n,)."""
+    """Images (1 variant, n, c, h, w) and labels (n,) of a distilled file."""
     return distilled["images"].to(device)[None], distilled["labels"].to(device)
 
 
 def protocol(args):
-    """The training protocol of MTT's authors; the learning rate is the learned alpha."""
+    """The training protocol of MTT's authors; common.score replaces its rate by alpha."""
     return common.Protocol()
 
 

@@ -14,16 +14,16 @@ target set in S' steps. The result trains a fresh network like FRePo's. --mode: 
     python translator_fewshot.py --mode pretrain --dataset tiny32 --out t  # writes t/translator.pt
     python translator_fewshot.py --dataset cifar10 --translator t/translator.pt    # paper: 44.0 %
 
-No code of the authors is known. Details that the paper omits follow, as it says, FRePo's PyTorch
-branch: no norm, torch's initialization, ridge 1e-6, mirror images, the hinge on labels, AdamW in
+No code of the authors is known. What the paper omits follows FRePo's PyTorch branch, to which it
+refers: no norm, torch's initialization, ridge 1e-6, mirror images, the margin of labels, AdamW in
 scoring, Adam with a cosine to 10 % on images and labels. Our own choices:
 
-- The loss is half a mean over real images (paper: a sum), of all in theta, elsewhere of a batch.
+- The loss is half a mean (paper: a sum) over all real images in theta, over a batch in theta'.
 - G has width 64 and a last convolution, no down-sampling; in Ours-DS it works at half the side.
-- Mirror images for all budgets.
+- Mirror images for all budgets; adaptation to the target's budget alone (Fig. 4c: several).
 - G is trained by Adam at constant rates; the auto-encoder by squared error, 128 images a step.
 - A subset has a uniformly drawn number of synthetic images, and a DSA copy of each real image.
-- Alg. 1: number and rate of steps; the inner ones are gradient descent without the hinge.
+- Alg. 1: number and rate of steps; the inner ones are gradient descent at a fixed rate.
 
 Measured: 37.8 +- 0.2 % after 1,000 steps of pre-training on 24 subsets of tiny32 (README: Results).
 """
@@ -57,7 +57,7 @@ class Args(common.Args):
     zca: bool = arg(True, "whiten the images")
     iterations: int = arg(3000, "T: steps of the distillation in one network")
     lr: float = arg(1e-3, "alpha: learning rate of images and labels (Adam)")
-    adapt_steps: int = arg(1000, "S': adaptation steps (paper: 6,000 to 15,000 for Ours-DS)")
+    adapt_steps: int = arg(1000, "S': adaptation steps (Ours-DS: 6,000, at 50 images 15,000)")
     lr_adapt: float = arg(1e-4, "eta': learning rate of the adaptation; bi-level: of theta (Adam)")
     pretrain_steps: int = arg(200000, "S: steps of the pre-training")
     lr_pretrain: float = arg(1e-5, "eta: learning rate of the pre-training (Adam)")
@@ -85,14 +85,14 @@ PRESETS = {
 }
 
 
-# ------------------------------------------------------------ FRePo, as in frepo.py
+# ------------------------------------------ FRePo: regression and protocol (a copy is in frepo.py)
 
 
 def krr(support, labels, ridge=1e-6):
-    """Kernel ridge regression (survey Eq. 14): w = f^T (f f^T + ridge trace(f f^T) / n I)^-1 y.
+    """Kernel ridge regression (survey Eq. 14): w = f^T (f f^T + lambda I)^-1 y.
 
-    support f (n, d), labels y (n, C) -> w (d, C); features (m, d) @ w are the predictions. In
-    float64, as float32 rounds the ridge away; all NaN if the Cholesky factorization fails.
+    support f (n, d), labels y (n, C) -> w (d, C); features (m, d) @ w are predictions. lambda is
+    ridge trace(f f^T) / n, float64, as float32 rounds it away. NaN if Cholesky's method fails.
     """
     f = support.double()
     kernel = f @ f.T
@@ -103,7 +103,7 @@ def krr(support, labels, ridge=1e-6):
 
 
 def half_square(predicted, labels):
-    """Half the squared error, summed over classes, mean over images (survey Eq. 17)."""
+    """Half the squared error, summed over classes, mean over images (survey Eq. 17: a sum)."""
     return 0.5 * (predicted - labels).square().sum(1).mean()
 
 
@@ -113,7 +113,7 @@ def center_labels(labels, classes, scale=1.0):
 
 
 def margin_loss(labels):
-    """FRePo's hinge on soft labels (n, C): -min(largest - second largest, 1 / C), averaged."""
+    """Reward the gap of the two largest labels: -min(first - second, 1 / C), mean over (n, C)."""
     first, second = labels.topk(2).values.T
     return -(first - second).clamp(max=1 / labels.shape[1]).mean()
 
@@ -124,7 +124,7 @@ def distill_rate(step, steps):
 
 
 def frepo_augment(images, flip, *key, scale=False):
-    """Apply FRePo's scoring augmentation; scale: add scaling, as the authors' PyTorch branch."""
+    """Apply one of FRePo's transforms; scale: DSA's scaling, too, as in their PyTorch branch."""
     names = ["color", "crop", "translate", "cutout", "rotate"] + ["flip"] * flip + ["scale"] * scale
     name = names[common.hash_int(*key) % len(names)]
     side = images.shape[-1]
@@ -135,7 +135,7 @@ def frepo_augment(images, flip, *key, scale=False):
         # brightness +-0.25, saturation and contrast exp(+-0.25)
         return common.adjust_color(images, a / 4, (b / 4).exp(), (c / 4).exp())
     if name == "crop":
-        # zoom 0.8 .. 1.25
+        # a window of 0.8 .. 1.25 of the side, edges repeated
         zoom = 1.025 + 0.225 * a
         return common.warp(images, zoom, 0, 0, zoom, padding="border")
     if name == "translate":
@@ -168,7 +168,7 @@ class FrepoProtocol(common.Protocol):
 
     def length(self, count):
         nearest = min(STEPS, key=lambda n: abs(math.log(count / n)))
-        return self.epochs or STEPS[nearest] // math.ceil(count / 500)
+        return self.epochs or STEPS[nearest] // math.ceil(count / self.batch)
 
     def rate(self, epoch, count):
         """Linear warm-up of 500 steps (at most half of all), then half a cosine to 1/100."""
@@ -206,7 +206,7 @@ class Translator(nn.Module):
 
 
 def build_network(data):
-    """Build FRePo's ConvNet with parameters theta, arbitrary but fixed, equal on all devices."""
+    """Build FRePo's ConvNet with fixed random theta (of its own for gray images) on any device."""
     net = common.ConvNet(data.shape, len(data.classes), frepo=True)
     return net.requires_grad_(False).reset("theta").to(data.device)
 
@@ -223,7 +223,7 @@ def fit(net, images, labels, data):
 
 
 def random_network_loss(net, images, labels, data, args, *key):
-    """Compute Eq. 2 in a random network theta' (Alg. 1, lines 10 to 13; Alg. 2, 12 to 15)."""
+    """Compute half the mean of Eq. 2 in a random theta' (Alg. 1, lines 10 to 13; Alg. 2, 12-15)."""
     net.reset(*key)
     real, real_labels = data.batch(args.batch_real, *key, "real")
     predicted = common.frozen_features(net, real) @ fit(net, images, labels, data)
@@ -249,7 +249,7 @@ def quadratic_form(theta, data):
 
 
 def distill_in_one_network(theta, images, labels, data, args, path):
-    """Distill `data` in theta (Alg. 2, lines 4 to 10) -> images, labels, common.Run."""
+    """Distill `data` in theta (Alg. 2, lines 5 to 10) -> images, labels, common.Run."""
     run = common.Run(path, data, args)
     if args.mode != "baseline":
         # line 5
@@ -310,12 +310,12 @@ def cached_subset(data, n, args):
 
 
 def adaptation_loss(translator, net, images, labels, data, args, i):
-    """Compute Alg. 2, lines 11 to 15, on the target set."""
+    """Compute the loss of Alg. 2, lines 11 to 15, on the target set."""
     return random_network_loss(net, translator(images), labels, data, args, args.seed, "adapt", i)
 
 
 def pretraining_loss(translator, net, data, args, i):
-    """Compute Alg. 2, lines 11 to 15, on a cached subset, in a theta' of its own."""
+    """Compute the loss of Alg. 2, lines 11 to 15, on a cached subset, in its own theta'."""
     key = (args.seed, "pretrain", i)
     subset, images, labels = cached_subset(data, common.hash_int(*key) % args.subsets, args)
     return random_network_loss(net, translator(images), labels, subset, args, *key)
@@ -328,10 +328,10 @@ def reconstruction_loss(translator, data, args, i):
 
 
 def bilevel_loss(theta, net, data, args, i, alpha=0.002):
-    """Compute Alg. 1, lines 3 to 12: T steps in theta, then Eq. 2 in a random network.
+    """Compute the loss of Alg. 1, lines 3 to 13: T steps in theta, then Eq. 2 in a random network.
 
-    One graph holds all steps, so memory grows with T, as in the paper. Table 1's alpha, 1e-3 on a
-    sum over m images, is 0.002 m on half the mean. Here m = batch_real (line 4: all images).
+    One graph holds all steps: memory grows with T. Table 1's alpha, 1e-3 on a sum over m images, is
+    0.002 m on half the mean. Here m = batch_real (line 4: all images).
     """
     key = (args.seed, "space", i)
     # lines 3, 4

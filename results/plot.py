@@ -8,11 +8,13 @@ losses are in <stem>.csv, the final score in results.jsonl, the paper's in targe
 
 import csv
 import json
+import math
 import pathlib
 import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -28,7 +30,9 @@ RUNS = {
     "translator_fewshot_adapted_cifar10_ipc1": "translator",
     "dm_cifar10_ipc1": "DM",
 }
-COLOR, GRAY = "#0b6e99", "#777777"
+COLOR = "#0b6e99"
+GRAY = "#777777"
+COLUMNS = 3
 
 
 def read_run(stem):
@@ -50,9 +54,12 @@ def read_run(stem):
 
 
 def smooth(values, share=0.1):
-    """Running mean over a share of the values, shorter at the ends."""
-    reach = max(1, int(len(values) * share / 2))
-    return [values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))]
+    """Centered running mean over a share of the values, over fewer at the ends."""
+    found = []
+    for i in range(len(values)):
+        reach = min(i, len(values) - 1 - i, int(len(values) * share / 2))
+        found.append(values[i - reach : i + reach + 1].mean())
+    return found
 
 
 def label(axes, x, y, text, color, **more):
@@ -74,10 +81,11 @@ def draw_panel(accuracy, loss, title, row, losses):
     accuracy.axhline(row["random"], color=GRAY, ls=":", lw=1)
     label(accuracy, left, row["random"], f"random real images {row['random']:.1f}", GRAY)
     top = max(row["accuracy"], row["paper"] or 0)
-    accuracy.set_ylim(0, top * 1.15)
+    accuracy.set(ylabel="test accuracy, %", ylim=(0, top * 1.15))
     loss.plot(losses[:, 0], losses[:, 1], color=COLOR, lw=0.6, alpha=0.3)
     loss.plot(losses[:, 0], smooth(losses[:, 1]), color=COLOR, lw=1.2)
-    loss.set(yscale="log", xscale="log", xlim=(left, end * 1.3), xlabel="iterations")
+    loss.set(ylabel="loss", xscale="log", xlim=(left, end * 1.3), xlabel="iterations")
+    loss.yaxis.set_major_locator(MaxNLocator(3))
     for axes in (accuracy, loss):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
@@ -93,7 +101,7 @@ def draw_methods(axes, found):
         if row["paper"]:
             axes.plot(row["paper"], y, "D", mfc="none", color="black", ms=7)
         label(axes, row["accuracy"], y + 0.14, f"{row['accuracy']:.1f}", COLOR, ha="center")
-    names = [f"{title}\n{images:.2g} images a class" for title, _, _, images in found]
+    names = [f"{title}\nstorage {images:.2f}" for title, _, _, images in found]
     axes.set_yticks(range(len(found)), names, fontsize=9)
     axes.set(xlabel="test accuracy on CIFAR-10, %", ylim=(-0.6, len(found) - 0.2), xlim=(10, None))
     title, row, *_ = found[-1]
@@ -110,14 +118,11 @@ def main():
     for stem, title in RUNS.items():
         if (HERE / f"{stem}.pt").exists():
             found.append((title, *read_run(stem)))
-    figure, panels = plt.subplots(
-        2, len(found), figsize=(2.6 * len(found), 4.2), height_ratios=(2, 1), sharex="col"
-    )
-    for column, (title, row, losses, _) in zip(panels.T, found, strict=True):
-        draw_panel(*column, title, row, losses)
-    panels[0, 0].set_ylabel("test accuracy, %")
-    panels[1, 0].set_ylabel("loss")
-    figure.tight_layout()
+    rows = math.ceil(len(found) / COLUMNS)
+    figure = plt.figure(figsize=(3 * COLUMNS, 3.8 * rows), layout="constrained")
+    cells = figure.subfigures(rows, COLUMNS).flatten()
+    for cell, (title, row, losses, _) in zip(cells, found, strict=False):
+        draw_panel(*cell.subplots(2, height_ratios=(2, 1), sharex=True), title, row, losses)
     figure.savefig(HERE / "curves.png", dpi=110)
     figure, axes = plt.subplots(figsize=(8, 0.62 * len(found) + 0.9), layout="constrained")
     draw_methods(axes, found)

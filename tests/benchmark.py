@@ -12,7 +12,6 @@ backward, 6 for the gradient of the gradient; what is built a second time does n
 
 import argparse
 import ctypes
-import itertools
 import pathlib
 import sys
 import time
@@ -31,7 +30,6 @@ import mtt  # noqa: E402
 import translator_fewshot  # noqa: E402
 
 SHAPE, CLASSES = (3, 32, 32), 10
-PATH = pathlib.Path("nowhere/benchmark.pt")
 # Operations of a forward pass of an image, in the ConvNet and in FRePo's
 CONVNET = 2 * (27 * 128 * 32**2 + 1152 * 128 * (16**2 + 8**2) + 2048 * CLASSES)
 FREPO = 2 * (27 * 128 * 32**2 + 1152 * 256 * 16**2 + 2304 * 512 * 8**2 + 8192 * CLASSES)
@@ -76,14 +74,6 @@ def peak_memory(reset=False):
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def measure(work, *args):
-    """Call work(*args), a loop with a Timer -> seconds of an iteration, MB."""
-    try:
-        work(*args)
-    except TimeoutError as end:
-        return end.args
-
-
 def repeat(function, *args):
     timer = Timer()
     while True:
@@ -91,11 +81,19 @@ def repeat(function, *args):
         timer.step()
 
 
+def measure(work):
+    """Run a loop with a Timer -> seconds of an iteration, MB."""
+    try:
+        work()
+    except TimeoutError as end:
+        return end.args
+
+
 def matmul_rate(device, dtype):
     """Operations a second in a product of matrices of side 2048."""
     torch.backends.cuda.matmul.allow_tf32 = True  # as in convolutions
     x = torch.randn(2048, 2048, device=device).to(dtype)
-    rate = 2 * 2048**3 / measure(repeat, torch.matmul, x, x)[0]
+    rate = 2 * 2048**3 / measure(partial(repeat, torch.matmul, x, x))[0]
     torch.backends.cuda.matmul.allow_tf32 = False
     return rate
 
@@ -110,54 +108,26 @@ def make_data(device, count=5120):
     return common.Dataset("noise", list("0123456789"), *arrays, preprocess, "noise", "noise")
 
 
-def match(device, ipc, steps):
-    """Match trajectories of `steps` student steps."""
-    torch.manual_seed(0)
-    net = common.ConvNet(SHAPE, CLASSES).to(device)
-    start = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
-    target, step_size = start + 0.01 * torch.randn_like(start), torch.tensor(0.01, device=device)
-    images = torch.randn(CLASSES * ipc, *SHAPE, device=device).requires_grad_()
-    labels = torch.arange(CLASSES, device=device).repeat_interleave(ipc)
-
-    def batch(n):
-        return common.dsa(images, True, n), labels
-
-    kept = 550 // len(images) - 2
-    repeat(mtt.match_trajectory, net, start, target, step_size, batch, steps, kept)
-
-
-def epoch(device, count):
-    """An epoch of training on `count` images."""
-    data = make_data(device, count)
-    net = common.ConvNet(SHAPE, CLASSES).to(device).reset("benchmark")
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    rest = (data.train[None], data.train_labels, common.Protocol(), 0)
-    repeat(common.train_epoch, net, optimizer, data, *rest)
-
-
 def distill(module, device, **settings):
     """The loop of a method, without checkpoints."""
-    module.distill(make_data(device), module.Args(**settings), PATH)
-
-
-def score(device):
-    """Train a network for 20 epochs on 100 images and test it on them."""
-    data, args = make_data(device, 100), common.Args(epochs=20)
-    rest = (data.train_labels, common.Protocol(), args)
-    repeat(common.train_and_test, data, data.train[None], *rest)
+    module.distill(make_data(device), module.Args(**settings), pathlib.Path("nowhere.pt"))
 
 
 def rows(device, quick):
     """Yield name, images, operations in float32 and in autocast's type, work."""
-    for ipc, steps in itertools.product((1, 10) if quick else (1, 10, 50), (10, 20, 40)):
-        if steps == 10 or not quick:
-            name, n = f"match_trajectory, {ipc} a class, {steps} steps", CLASSES * ipc * steps
-            yield name, n, 9 * n * CONVNET, 0, partial(match, device, ipc, steps)
-    yield "score of 20 epochs, 100 images", 2100, 0, 6100 * CONVNET, partial(score, device)
-    work = partial(epoch, device, 2048)
+    data, net = make_data(device, 100), common.ConvNet(SHAPE, CLASSES).to(device)
+    score = partial(repeat, common.train_and_test, data, data.train[None], data.train_labels)
+    work = partial(score, common.Protocol(), common.Args(epochs=20))
+    yield "score of 20 epochs, 100 images", 2100, 0, 6100 * CONVNET, work
+    data, optimizer = make_data(device, 2048), torch.optim.SGD(net.parameters(), lr=0.01)
+    work = partial(repeat, common.train_epoch, net, optimizer, data, data.train[None])
+    work = partial(work, data.train_labels, common.Protocol(), 0)
     yield "expert's epoch, 2,048 images", 2048, 0, 3 * 2048 * CONVNET, work
     for ipc in (10,) if quick else (1, 10, 50):
         n = CLASSES * ipc
+        for steps in (10,) if quick else (10, 20, 40):
+            work = partial(distill, mtt, device, ipc=ipc, student_steps=steps)
+            yield f"MTT, {ipc} a class, {steps} steps", n * steps, 9 * n * steps * CONVNET, 0, work
         work = partial(distill, haba, device, bpc=ipc, student_steps=10)
         yield f"HaBa, {ipc} a class, 10 steps", 14 * n, 100 * n * CONVNET, 0, work
         work, pooled = partial(distill, frepo, device, ipc=ipc), min(n, 500)
@@ -165,8 +135,7 @@ def rows(device, quick):
         yield f"FRePo, {ipc} a class, 1,024 real", 1024 + 2 * n + pooled, *floor, work
         m = n * (128 if ipc == 1 else 32)
         work = partial(distill, kfs, device, ipc=ipc, high_res=ipc > 1, pretrain=1, batch_real=256)
-        floor = (2560 + 3 * m) * CONVNET
-        yield f"KFS, {ipc} a class, 256 real", 2560 + m, 0, floor, work
+        yield f"KFS, {ipc} a class, 256 real", 2560 + m, 0, (2560 + 3 * m) * CONVNET, work
         work = partial(distill, translator_fewshot, device, ipc=ipc, mode="one-net")
         floor = 4 * n * FREPO + 4 * 8192**2 * CLASSES
         yield f"translator's step in one network, {ipc} a class", 2 * n, floor, 0, work
@@ -183,7 +152,8 @@ def main():
     experts = torch.randn(2, 30, 320010, device=device) / 100
     common.Run = Timer
     mtt.load_experts = haba.load_experts = lambda *_: experts
-    low = torch.bfloat16 if common.is_bfloat16(device) else torch.float32
+    with common.autocast(device):
+        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     rates = matmul_rate(device, torch.float32), matmul_rate(device, low)
     speed = f"{rates[0] / 1e9:.0f} GFLOP/s in float32, {rates[1] / 1e9:.0f} in {low}"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {speed}\n")

@@ -1,9 +1,7 @@
 """What the tests share: the repository on sys.path, settings, a tiny data set."""
 
-import contextlib
 import pathlib
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,28 +11,19 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # more only wait for each other
 
 import common  # noqa: E402
-from common import arg  # noqa: E402
 
 
-@dataclass
-class Args(common.Args):
-    ipc: int = arg(1, "images a class")
-    experts: int = arg(1, "expert trajectories")
-    expert_epochs: int = arg(1, "M: epochs from start to target")
-    max_start: int = arg(1, "T+: start epochs are below it")
-    lr: float = arg(0.1, "learning rate of the images")
-    mirrors: bool = arg(True, "whether mirror images go in")
-
-
-def make_data(per_class=12, name="tiny"):
+def make_data(per_class=12, device="cpu"):
     """A Dataset of 3 classes of random pixels, 3x16x16; the classes alternate."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(3).repeat(per_class)
     pixels = torch.randint(256, (2, len(labels), 3, 16, 16), generator=generator).byte()
     preprocess = common.Preprocess.fit(pixels[0], "standardize", None, None)
     arrays = preprocess(pixels[0]), labels, preprocess(pixels[1]), labels
+    arrays = [array.to(device) for array in arrays]
+    preprocess.mean, preprocess.std = preprocess.mean.to(device), preprocess.std.to(device)
     prints = f"standardize-{per_class}", "test"
-    return common.Dataset(name, ["ant", "bee", "cat"], *arrays, preprocess, *prints)
+    return common.Dataset("tiny", ["ant", "bee", "cat"], *arrays, preprocess, *prints)
 
 
 @pytest.fixture
@@ -45,7 +34,7 @@ def data():
 @pytest.fixture
 def exact(monkeypatch):
     """Compute in float32 where a CPU would take bfloat16."""
-    monkeypatch.setattr(common, "autocast", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
 def find(images, pool):
@@ -59,3 +48,15 @@ def relative(ours, theirs):
     """Relative distance of two tensors."""
     assert ours.shape == theirs.shape and theirs.norm() > 0
     return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def spy(monkeypatch, owner, name, note):
+    """Call note(result, *arguments) after each call of owner.name."""
+    function = getattr(owner, name)
+
+    def call(*args, **options):
+        result = function(*args, **options)
+        note(result, *args)
+        return result
+
+    monkeypatch.setattr(owner, name, call)

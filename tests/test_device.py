@@ -2,33 +2,26 @@
 
 Tensors on the "meta" device have no values: whatever needs one (.item(), `if` on a tensor, a mask
 as an index) raises. In addition, a dispatch mode refuses operations that mix devices. The loop of
-each method, as it is, runs two iterations like that; common.Run, which looks at the loss once a
-minute, is replaced.
+each method runs two iterations like that, without common.Run, which reads the loss once a minute.
 """
 
+import importlib
 import pathlib
 
 import pytest
 import torch
+from conftest import make_data
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
-import dm
-import frepo
 import haba
 import kfs
 import mtt
-import translator_fewshot as translator
 
-SHAPE, META = (3, 16, 16), torch.device("meta")
-MATCHING = dict(student_steps=3, max_start=1, expert_epochs=2)
+META = torch.device("meta")
 # Linear algebra that looks for errors, and operations that copy an index to the device
 WAITING = (torch.ops.aten._linalg_check_errors, torch.ops.aten.index_fill_)
-
-
-class Finished(Exception):
-    pass
 
 
 class OnDevice(TorchDispatchMode):
@@ -48,7 +41,7 @@ class OnDevice(TorchDispatchMode):
 
 @pytest.fixture
 def mode(monkeypatch):
-    """The dispatch mode, and a common.Run that ends a loop of two iterations by Finished."""
+    """The dispatch mode, and a common.Run that interrupts a loop in its second iteration."""
     mode = OnDevice()
 
     class Run:
@@ -64,72 +57,57 @@ def mode(monkeypatch):
             assert loss.device == META
             mode.inside = it + 1 < self.iterations
             if it == 1:
-                raise Finished
+                raise KeyboardInterrupt
 
     monkeypatch.setattr(common, "Run", Run)
     with mode:
         yield mode
 
 
-@pytest.fixture
-def data(mode, monkeypatch):
-    """A Dataset of 60 images without values."""
-    images = torch.empty(60, *SHAPE, device=META)
-    labels = torch.empty(60, dtype=torch.long, device=META)
-    mean = torch.empty(3, 1, 1, device=META)
-    preprocess = common.Preprocess("standardize", mean, mean)
-    arrays = images, labels, images, labels
-    data = common.Dataset("meta", ["a", "b", "c"], *arrays, preprocess, "meta", "meta")
+LOOPS = """
+mtt --ipc 3 --batch 4 --student-steps 3 --max-start 1
+dm --ipc 2
+haba --bpc 2 --student-steps 3 --max-start 1
+haba --bpc 3 --batch 4 --class-hallucinators --student-steps 3 --max-start 1
+haba --objective dm --depth 2
+haba --objective dc --matches 2 --net-epochs 2
+kfs --decoders 4
+kfs --decoders 4 --sample-decoders 2 --backprop 3 --batch-real 5
+frepo --ipc 2 --pool 2 --max-age 1 --batch-real 8
+translator_fewshot --mode one-net --iterations 1 --adapt-steps 1 --down-sample
+translator_fewshot --mode baseline --batch-real 8
+translator_fewshot --mode autoencoder --iterations 1 --ae-steps 2
+translator_fewshot --mode scratch --iterations 1 --adapt-steps 2 --batch-real 8
+translator_fewshot --mode bilevel --batch-real 8 --outer-steps 2 --inner-steps 2
+"""
+
+
+@pytest.mark.parametrize("loop", LOOPS.strip().splitlines())
+def test_loop(loop, mode, monkeypatch):
+    """No iteration of a method waits for the device."""
+    data = make_data(20, META)
     data.indices_by_class = torch.empty(3, 20, dtype=torch.long, device=META)
     data.smallest_class = 20
-    parameters = mtt.flatten(common.ConvNet(SHAPE, 3)).numel()
-    experts = torch.empty(2, 3, parameters, device=META)
+    experts = torch.empty(2, 3, mtt.flatten(common.ConvNet(data.shape, 3)).numel(), device=META)
     for module in (mtt, haba):
         monkeypatch.setattr(module, "load_experts", lambda *_: experts)
-    decoders = kfs.Decoders(4, kfs.Args(), SHAPE, mean, mean).to(META)
+    mean, std = data.preprocess.mean, data.preprocess.std
+    decoders = kfs.Decoders(4, kfs.Args(), data.shape, mean, std).to(META)
     factors = torch.empty(3, 5, 12, 2, 2, device=META), decoders
     monkeypatch.setattr(kfs, "start_factors", lambda *_: factors)
-    return data
 
-
-LOOPS = [
-    (mtt, dict(ipc=3, batch=4, **MATCHING)),
-    (dm, dict(ipc=2)),
-    (haba, dict(bpc=2, **MATCHING)),
-    (haba, dict(bpc=3, batch=4, class_hallucinators=True, **MATCHING)),
-    (haba, dict(objective="dm", depth=2)),
-    (haba, dict(objective="dc", matches=2, net_epochs=2)),
-    (kfs, dict(decoders=4)),
-    (kfs, dict(decoders=4, sample_decoders=2, backprop=3, batch_real=5)),
-    (frepo, dict(ipc=2, pool=2, max_age=1, batch_real=8)),
-    (translator, dict(mode="one-net", adapt_steps=0, down_sample=True)),
-    (translator, dict(mode="baseline", batch_real=8)),
-    (translator, dict(mode="autoencoder", iterations=1, ae_steps=2)),
-    (translator, dict(mode="scratch", iterations=1, adapt_steps=2, batch_real=8)),
-    (translator, dict(mode="bilevel", batch_real=8, outer_steps=2, inner_steps=2)),
-]
-
-
-@pytest.mark.parametrize("method, settings", LOOPS)
-def test_loop(method, settings, data):
-    """No iteration of a method waits for the device."""
-    with pytest.raises(Finished):
-        method.distill(
-            data, method.Args(**dict(iterations=2) | settings), pathlib.Path("nowhere.pt")
-        )
+    method, *flags = loop.split()
+    module = importlib.import_module(method)
+    args = common.parse_args(module.Args, {("glyphs", 1): {}}, ["--iterations", "2", *flags])
+    with pytest.raises(KeyboardInterrupt):
+        module.distill(data, args, pathlib.Path("nowhere.pt"))
 
 
 def test_mode(mode):
     """The mode and the meta device notice what they should."""
     x, host = torch.empty(3, 3, device=META), torch.ones(3, 3)
     mode.inside = True
-    for wrong in (
-        lambda: x + host,
-        lambda: x[torch.arange(2)],
-        lambda: host.to(META),
-        lambda: x.sum().item(),
-        lambda: x[x > 0],
-        lambda: torch.linalg.cholesky(x),
-    ):
-        with pytest.raises(RuntimeError):
-            wrong()
+    wrong = [lambda: x + host, lambda: x[torch.arange(2)], lambda: host.to(META)]
+    wrong += [lambda: x.sum().item(), lambda: x[x > 0], lambda: torch.linalg.cholesky(x)]
+    for operation in wrong:
+        pytest.raises(RuntimeError, operation)

@@ -6,7 +6,7 @@ import pytest
 import test_matching as plain
 import torch
 import torch.nn.functional as F
-from conftest import find, relative
+from conftest import find, relative, spy
 from test_matching import joined, small_data  # noqa: F401, the fixture `data`
 from test_trajectory import naive_match
 
@@ -29,10 +29,10 @@ def settings(data_dir, **more):
     return haba.Args(**small | more)
 
 
-@pytest.mark.parametrize(
-    "depth, channels, parameters",
-    [(0, 0, 6144), (1, 0, 6312), (2, 0, 10963), (3, 0, 16131), (1, 8, 16827), (1, 16, 33651)],
-)
+PRINTED = [(0, 0, 6144), (1, 0, 6312), (2, 0, 10963), (3, 0, 16131), (1, 8, 16827), (1, 16, 33651)]
+
+
+@pytest.mark.parametrize("depth, channels, parameters", PRINTED)
 def test_hallucinator(depth, channels, parameters):
     """Eq. 2 by hand; parameters as in the supplement's Tables 3 and 4."""
     module = haba.Hallucinator((3, 32, 32), haba.Args(depth=depth, channels=channels))
@@ -53,21 +53,20 @@ def test_hallucinator(depth, channels, parameters):
     assert len(encoder) == len(decoder) == depth and relative(module(bases), x) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "kind, stored",
-    [
-        ({}, 6 * IMAGE + 3 * (CONV + MAPS)),
-        ({"share_conv": True, "class_hallucinators": True}, 6 * IMAGE + CONV + 9 * MAPS),
-        ({"basis_channels": 1, "basis_size": 8}, 6 * 64 + 3 * (30 + 84 + MAPS)),
-        ({"hallucinators": 0, "basis_channels": 1, "basis_size": 8}, 6 * 64),
-    ],
-    ids=str,
-)
+STORED = [
+    ({}, 6 * IMAGE + 3 * (CONV + MAPS)),
+    ({"share_conv": True, "class_hallucinators": True}, 6 * IMAGE + CONV + 9 * MAPS),
+    ({"basis_channels": 1, "basis_size": 8}, 6 * 64 + 3 * (30 + 84 + MAPS)),
+    ({"hallucinators": 0, "basis_channels": 1, "basis_size": 8}, 6 * 64),
+]
+
+
+@pytest.mark.parametrize("kind, stored", STORED, ids=str)
 def test_file(kind, stored, data, tmp_path, monkeypatch):
     """Where bases start, what is stored, whose hallucinators are used; decoding; no DSA."""
-    calls = plain.record_transforms(monkeypatch)
-    args = settings(tmp_path, objective="dm", dsa=False, lr_hallucinators=0.1, **kind)
-    args.lr_bases = 1e-9
+    calls, _ = plain.record_transforms(monkeypatch)
+    rates = dict(lr_bases=1e-9, lr_hallucinators=0.1)
+    args = settings(tmp_path, objective="dm", dsa=False, **rates, **kind)
     found = haba.distill(data, args, tmp_path / "haba.pt")
     start = data.sample(2, 0, "start")[0]
     if "basis_size" in kind:  # averaged over channels and about 2x2 pixels
@@ -110,8 +109,7 @@ def test_iteration(objective, alpha, kind, data, tmp_path, monkeypatch):
     factors, net = start_factors(data, args), common.ConvNet(data.shape, 3).reset(0, 0)
     adversary, b = common.ConvNet(data.shape, 3).reset(0, "F"), args.batch or 6
     segment = mtt.sample_segment(mtt.load_experts(data, args, {}), args, 0, 0)
-    calls = plain.record_transforms(monkeypatch)
-    draws = plain.record_draws(monkeypatch, calls)
+    calls, draws = plain.record_transforms(monkeypatch)
     found = haba.distill(data, args, tmp_path / "haba.pt")
 
     def images_of(before, name, u):
@@ -198,19 +196,6 @@ def test_momentum_alone(data, tmp_path, monkeypatch):
     assert len(drawn) == 12 and set(drawn) == {0, 1, 2} and coasting > 5
 
 
-def test_proposition_1(data):
-    """Linear spaces: the solution in one from that in the other, without the target set (Eq. 8)."""
-    theta, theta_star, real = torch.randn(5, 6), torch.randn(5, 7), torch.randn(30, 5)
-    relation, solutions = torch.randn(5, 3), []  # labels are linear, so that the error can be 0
-    for space in (theta, theta_star):
-        images = torch.randn(5, 5)
-        w = tf.krr(images @ space, images @ relation, 1e-13)
-        assert relative(real @ space @ w, real @ relation) < 1e-6  # fits without error
-        solutions.append(w)
-    expected = torch.linalg.pinv(theta_star) @ theta @ solutions[0]
-    assert relative(solutions[1], expected) < 1e-5
-
-
 @pytest.mark.parametrize("flip", [True, False])
 def test_bilevel_loss(flip, data, monkeypatch):
     """Alg. 1 and its gradient, against Eq. 17 by matrix inversion; with and without mirrors."""
@@ -240,10 +225,8 @@ def test_one_network(flip, data, tmp_path, monkeypatch):
     monkeypatch.setattr(tf, "margin_loss", torch.norm)  # the hinge has no gradient yet
     history, data.flip = plain.record_steps(monkeypatch), flip
     theta, args = tf.build_network(data), tf.Args(mode="one-net", iterations=3, lr=0.1)
-    tf.distill_in_one_network(
-        theta, *tf.start_synthetic(data, args, 0, "start"), data, args, tmp_path / "one.pt"
-    )
-    images, labels = tf.start_synthetic(data, args, 0, "start")
+    start, (images, labels) = (tf.start_synthetic(data, args, 0, "start") for _ in range(2))
+    tf.distill_in_one_network(theta, *start, data, args, tmp_path / "one.pt")
     rest = data.train, tf.center_labels(data.train_labels, 3), 1e-3, flip
     optimizer = torch.optim.Adam([images, labels])
     for (loss, state), rate in zip(history, (0.1, 0.0775, 0.0325), strict=True):  # a cosine
@@ -274,10 +257,9 @@ def test_losses_of_the_translator(data, tmp_path, monkeypatch):
     """Adaptation, pre-training on cached subsets, auto-encoder; new networks each time."""
     monkeypatch.setattr(tf, "krr", partial(tf.krr, ridge=1e-3))
     history, networks = plain.record_steps(monkeypatch), set()
-    passed, seen, loss_of = [], [], tf.random_network_loss
+    passed, seen = [], []
 
-    def spy(net, images, labels, source, args, *key):
-        loss = loss_of(net, images, labels, source, args, *key)
+    def note(_, net, images, labels, source, args, *key):
         (before,), translated = passed.pop()
         assert images is translated
         real, numbers = source.batch(12, *key, "real")
@@ -285,9 +267,8 @@ def test_losses_of_the_translator(data, tmp_path, monkeypatch):
         expected = plain.nfr_by_hand(net, images, *rest).item()
         seen.append((before, find(real, data.train), numbers, expected))
         networks.add(mtt.flatten(net)[0].item())
-        return loss
 
-    monkeypatch.setattr(tf, "random_network_loss", spy)
+    spy(monkeypatch, tf, "random_network_loss", note)
     args = tf.Args(batch_real=12, subsets=9, max_images=12, max_synthetic=7, batch=2)
     args.min_classes, args.iterations, args.data_dir = 2, 1, str(tmp_path)
     subsets = [tf.cached_subset(data, n, args) for n in range(9)]

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import find, make_data, relative
+from conftest import find, make_data, relative, spy
 from test_trajectory import naive_match
 
 import common
@@ -30,40 +30,22 @@ def small_data(monkeypatch, exact):
 
 
 def record_transforms(monkeypatch):
-    """The list of all calls of common.transform: images, name, parameters."""
-    calls = []
-
-    def record(images, name, u):
-        calls.append((images.detach().clone(), name, u))
-        return transform(images, name, u)
-
-    monkeypatch.setattr(common, "transform", record)
-    return calls
-
-
-def record_draws(monkeypatch, calls):
-    """{key: the call of common.transform} of each call of common.dsa; the last one counts."""
-    draws, dsa = {}, common.dsa
-
-    def record(images, flip, *key, **options):
-        out = dsa(images, flip, *key, **options)
-        draws[key] = calls[-1]
-        return out
-
-    monkeypatch.setattr(common, "dsa", record)
-    return draws
+    """All calls of common.transform, (images, name, parameters); {key of common.dsa: its call}."""
+    calls, draws = [], {}
+    spy(monkeypatch, common, "transform", lambda _, x, *rest: calls.append((x.detach(), *rest)))
+    spy(monkeypatch, common, "dsa", lambda _, x, flip, *key: draws.update({key: calls[-1]}))
+    return calls, draws
 
 
 def record_steps(monkeypatch):
     """The list of losses and states after each iteration of a common.Run."""
-    kept, step = [], common.Run.step
+    kept = []
 
-    def record(run, it, loss):
+    def note(_, run, it, loss):
         state = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in run.state.items()}
         kept.append(copy.deepcopy((loss.item(), state)))
-        step(run, it, loss)
 
-    monkeypatch.setattr(common.Run, "step", record)
+    spy(monkeypatch, common.Run, "step", note)
     return kept
 
 
@@ -77,7 +59,7 @@ def matching_loss(objective, net, images, theirs, ours):
     total = 0
     for c, ((real, name, u), (_, our_name, our_u)) in enumerate(zip(theirs, ours, strict=True)):
         assert name == our_name and torch.equal(u, our_u) and len(u) == 1  # Siamese
-        pair = transform(real, name, u), transform(images[c], name, u)
+        pair = [transform(x, name, u.expand(len(x), -1)) for x in (real, images[c])]
         if objective == "dm":
             means = [net.features(x).mean(0) for x in pair]
             total = total + (means[0] - means[1]).square().sum()
@@ -94,7 +76,7 @@ def matching_loss(objective, net, images, theirs, ours):
 
 def test_dm(data, tmp_path, monkeypatch):
     """Two iterations: the loss, the network of each, SGD with momentum."""
-    calls, history = record_transforms(monkeypatch), record_steps(monkeypatch)
+    (calls, _), history = record_transforms(monkeypatch), record_steps(monkeypatch)
     args = dm.Args(ipc=2, iterations=2, batch_real=5, lr=0.5)
     dm.distill(data, args, tmp_path / "dm.pt")
     images, velocity = data.sample(2, 0, "start")[0], 0
@@ -118,7 +100,7 @@ def test_mtt(data, tmp_path, monkeypatch):
     args.step_size, args.lr_step, args.lr_images, args.batch = 2e-4, 1e-7, 1e4, 4
     args.data_dir = str(tmp_path)
     segment = mtt.sample_segment(mtt.load_experts(data, args, {}), args, 0, 0)
-    draws = record_draws(monkeypatch, record_transforms(monkeypatch))
+    _, draws = record_transforms(monkeypatch)
     found = mtt.distill(data, args, tmp_path / "mtt.pt")
     images, labels = data.sample(2, 0, "start")
     step_size = torch.tensor(2e-4, requires_grad=True)
@@ -148,16 +130,16 @@ def decode_alone(decoders, codes, d):
     return (1 / (1 + (-codes).exp()) - decoders.mean) / decoders.std
 
 
-@pytest.mark.parametrize(
-    "shape, ipc, high_res, code, codes, parameters",
-    [
-        ((3, 32, 32), 1, False, (12, 4, 4), 16, 738),  # the numbers in the paper's text
-        ((3, 32, 32), 10, False, (12, 4, 4), 160, 738),
-        ((3, 32, 32), 10, True, (12, 8, 8), 40, (12 * 6 + 6 * 3) * 4 + 9),
-        ((3, 96, 96), 1, False, (12, 12, 12), 16, 738),
-        ((1, 28, 28), 1, False, (4, 4, 4), 12, (4 * 3 + 3 * 2 + 2) * 4 + 6),
-    ],
-)
+LAYOUTS = [
+    ((3, 32, 32), 1, False, (12, 4, 4), 16, 738),  # the numbers in the paper's text
+    ((3, 32, 32), 10, False, (12, 4, 4), 160, 738),
+    ((3, 32, 32), 10, True, (12, 8, 8), 40, (12 * 6 + 6 * 3) * 4 + 9),
+    ((3, 96, 96), 1, False, (12, 12, 12), 16, 738),
+    ((1, 28, 28), 1, False, (4, 4, 4), 12, (4 * 3 + 3 * 2 + 2) * 4 + 6),
+]
+
+
+@pytest.mark.parametrize("shape, ipc, high_res, code, codes, parameters", LAYOUTS)
 def test_layout(shape, ipc, high_res, code, codes, parameters, data):
     """Both readings of the storage; grouped layers equal separate modules."""
     args = kfs.Args(ipc=ipc, high_res=high_res)
@@ -209,15 +191,14 @@ def test_eq_1_and_2(setting, count, data):
 def test_kfs(settings, networks, data, tmp_path, monkeypatch):
     """The networks and real means of each iteration, different decoders, the file."""
     data.train, data.train_labels = data.train.repeat(15, 1, 1, 1), data.train_labels.repeat(15)
-    seen, match = set(), kfs.match_distribution
+    seen = set()
 
-    def spy(net, target, *rest):
+    def note(_, net, target, *rest):
         means = [net.features(data.train[data.train_labels == c]).mean(0) for c in range(3)]
         assert relative(target, torch.stack(means).detach()) < 1e-10
         seen.add(mtt.flatten(net)[0].item())
-        return match(net, target, *rest)
 
-    monkeypatch.setattr(kfs, "match_distribution", spy)
+    spy(monkeypatch, kfs, "match_distribution", note)
     args = kfs.Args(iterations=3, codes=2, decoders=4, pretrain=40, **settings)
     args.data_dir = str(tmp_path)
     found = kfs.distill(data, args, tmp_path / "kfs.pt")
@@ -234,14 +215,13 @@ def test_kfs(settings, networks, data, tmp_path, monkeypatch):
         monkeypatch.setattr(kfs, "class_means", None)
         rest = (common.ConvNet(data.shape, 3), data, args)
         assert len(kfs.load_real_means(*rest)[1]) == 2
-        other = not common.is_bfloat16(data.device)
-        monkeypatch.setattr(common, "is_bfloat16", lambda device: other)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
         pytest.raises(TypeError, kfs.load_real_means, *rest)  # but not in another precision
 
 
 def test_idc_augmentation(data, monkeypatch):
     """Color, flip, and one of crop, scale and rotate, each image by its own draw."""
-    calls, last = record_transforms(monkeypatch), []
+    (calls, _), last = record_transforms(monkeypatch), []
     for key in range(40):
         calls.clear()
         flip, expected = key % 4 > 0, data.train
@@ -294,19 +274,55 @@ def test_margin_hinge():
     assert frepo.margin_loss(labels).item() == pytest.approx(-(1 / 4 + 0.1 + 0) / 3, abs=1e-6)
 
 
+def predict(support, labels, target, ridge):
+    return target @ frepo.krr(support, labels, ridge)
+
+
+def solve(support, labels, target, ridge):
+    """The prediction by torch.linalg.solve in float64."""
+    support, labels, target = support.double(), labels.double(), target.double()
+    kernel = support @ support.T
+    kernel = kernel + ridge * kernel.trace() / len(kernel) * torch.eye(len(kernel)).double()
+    return target @ support.T @ torch.linalg.solve(kernel, labels)
+
+
+@pytest.mark.parametrize("n, width, ridge", [(7, 20, 1e-6), (30, 8, 1e-2), (4, 6, 0.1)])
+def test_krr(n, width, ridge):
+    """More and fewer images than features; first and second derivatives."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape).double() for shape in ((n, width), (n, 3), (4, width))]
+    inputs = [x.requires_grad_() for x in inputs]
+    assert relative(predict(*inputs, ridge), solve(*inputs, ridge)) < 1e-8
+    if n == 4:
+        assert torch.autograd.gradcheck(predict, (*inputs, ridge))
+        assert torch.autograd.gradgradcheck(predict, (*inputs, ridge))
+
+
+def test_krr_near_singular():
+    """In float32: features of a large mean, images nearly equal; NaN where there is no solution."""
+    torch.manual_seed(0)
+    support, target = (torch.randn(n, 1000) + 3 for n in (100, 20))
+    labels = torch.rand(100, 9)
+    support[:40] = support[50:90] + 1e-4 * torch.randn(40, 1000)
+    leaves = support.requires_grad_(), labels.requires_grad_()
+    found, expected = (f(*leaves, target, 1e-6) for f in (predict, solve))
+    assert found.dtype == torch.float32 and relative(found.double(), expected) < 1e-5
+    ours, theirs = (torch.autograd.grad(x.square().sum(), leaves) for x in (found, expected))
+    assert max(map(relative, ours, theirs)) < 1e-4
+    assert frepo.krr(*torch.ones(2, 4, 4), ridge=-2.0).isnan().all()
+
+
 def nfr_by_hand(net, images, labels, real, truth, ridge, mirror):
-    """Eq. 17 by matrix inversion, with a graph for all inputs."""
+    """Eq. 17 by `solve`, with a graph for all inputs."""
     if mirror:
         images, labels = torch.cat([images, images.flip(3)]), torch.cat([labels, labels])
-    f = net.features(images)
-    kernel = f @ f.T
-    inverse = torch.linalg.inv(kernel + ridge * kernel.trace() / len(f) * torch.eye(len(f)))
-    return (net.features(real) @ f.T @ inverse @ labels - truth).square().sum() / 2 / len(real)
+    predicted = solve(net.features(images), labels, net.features(real), ridge)
+    return (predicted - truth).square().sum() / 2 / len(real)
 
 
 @pytest.mark.parametrize("name, flip", [("cifar10", True), ("cifar100", True), ("cifar10", False)])
 def test_frepo(name, flip, data, tmp_path, monkeypatch):
-    """One iteration: Eq. 17 and the hinge, LAMB; then Eq. 18 by Adam."""
+    """One iteration: Eq. 17 and the hinge, LAMB; then Eq. 18 by Adam, with batch norm."""
     monkeypatch.setattr(frepo, "margin_loss", torch.norm)  # the hinge has no gradient yet
     history, data.flip = record_steps(monkeypatch), flip
     argv = f"--dataset {name} --ipc 10 --iterations 1 --pool 2 --batch-real 20 --ridge 1e-3"
@@ -330,27 +346,14 @@ def test_frepo(name, flip, data, tmp_path, monkeypatch):
     assert relative(found["labels"], labels.detach()) < 1e-5
     net.zero_grad()
     features = net.train().blocks(found["images"]).flatten(1)
+    # batch norm follows a pooling; its statistics are nine tenths those of the newest batch
+    x = F.avg_pool2d(net.blocks[0](found["images"]).relu(), 2)
+    (norm,) = [layer for layer in net.blocks if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert relative(norm.running_mean, 0.9 * x.mean((0, 2, 3))) < 1e-10
+    assert relative(norm.running_var, 0.1 + 0.9 * x.var((0, 2, 3))) < 1e-10
     ((net.classifier(features) - found["labels"]).square().sum() / 2 / 30).backward()
     torch.optim.Adam(net.parameters(), lr=0.01).step()
     assert relative(joined(history[0][1]["pool"], f"{k}."), joined(net.state_dict())) < 1e-4
-
-
-def test_batch_norm(data, tmp_path, monkeypatch):
-    """It follows the pooling; its running statistics serve the features, one step moves them."""
-    history = record_steps(monkeypatch)
-    args = frepo.Args(iterations=2, ipc=12, pool=1, batch_real=20, ridge=1e-3)
-    frepo.distill(data, args, tmp_path / "frepo.pt")
-    images, labels, pool = (history[0][1][name] for name in ("images", "labels", "pool"))
-    net = frepo.build_network(data.shape, 3)
-    x = F.avg_pool2d(net.reset(0, "pool", 0).blocks[0](images).relu(), 2)  # 36 images
-    net.load_state_dict({name[2:]: tensor for name, tensor in pool.items()})
-    norm = net.eval().blocks[3]
-    assert relative(norm.running_mean, 0.9 * x.mean((0, 2, 3))) < 1e-6
-    assert relative(norm.running_var, 0.1 + 0.9 * x.var((0, 2, 3))) < 1e-6
-    real, real_labels = data.batch(20, 0, 1, "real")
-    truth = F.one_hot(real_labels, 3) - 1 / 3
-    loss = nfr_by_hand(net, images, labels, real, truth, 1e-3, True)
-    assert history[1][0] == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_pool(data, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The scripts as a user meets them: whole runs, files, kills, mistakes."""
 
-import ast
 import csv
 import functools
 import importlib
@@ -10,6 +9,7 @@ import operator
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -39,10 +39,8 @@ FLAGS = {
 }
 load = functools.partial(torch.load, weights_only=True)
 METHODS = pytest.mark.parametrize("method", FLAGS)
-ROW = "method dataset per_class iterations seconds network accuracy std best random random_std "
+ROW = "method dataset per_class iterations seconds network accuracy std random random_std "
 ROW += "random_per_class runs epochs seed settings scoring_seconds hardware torch commit command"
-
-# ------------------------------------------------------------ running a script
 
 
 @pytest.fixture(scope="session")
@@ -150,13 +148,12 @@ def test_run(method, finished, call):
     assert row["method"] == method and row["dataset"] == "tiny" and 0 <= row["accuracy"] <= 100
     assert not {"out", "data_dir", "device"} & (row["settings"].keys() | distilled["settings"])
     assert str(path.parent.parent) not in row["command"] and "--device" not in row["command"]
-    assert row["best"] == scores.get(2) and dict(row["evaluations"]) == scores
     assert row["random_per_class"] == {"haba": 5}.get(method, 1)  # as much storage
     status, err = call("evaluate", path, "--epochs", "0", "1")
     assert status == 0, err
     again, short = map(json.loads, open("out/results.jsonl"))
-    assert (short["epochs"], short["best"], short["evaluations"]) == (1, None, [])
-    for key in "accuracy random random_per_class network per_class iterations best".split():
+    assert short["epochs"] == 1
+    for key in "accuracy random random_per_class network per_class iterations".split():
         assert again[key] == row[key], key
 
 
@@ -176,28 +173,38 @@ def test_readme(method, finished, home, call, tmp_path, capsys):
         assert capsys.readouterr().out
 
 
-def test_copied_alone(home, tmp_path):
-    """haba.py and common.py in an empty folder are enough; two processes share the folder."""
-    for name in ("haba.py", "common.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    env = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "haba.py", *command("haba", home), "--data-dir", "data"]
-    start = functools.partial(subprocess.Popen, cwd=tmp_path, env=env)
-    running = [start([*words, *add.split()]) for add in ("", "--seed 7 --experts 2 --iterations 0")]
-    assert [process.wait() for process in running] == [0, 0]
-    assert [path.name for path in (tmp_path / "out").glob("*.pt")] == ["haba_tiny_bpc1.pt"]
-    assert len(list(tmp_path.glob("data/experts/*/seed7_expert00[01].pt"))) == 2
-    shutil.copy(ROOT / "dm.py", tmp_path / "mine.py")  # its files have its name
-    assert start([sys.executable, "mine.py", *command("dm", home)]).wait() == 0
-    assert load(tmp_path / "out/mine_tiny_ipc1.pt")["method"] == "mine"
+@METHODS
+def test_copied_alone(method, home, tmp_path, monkeypatch):
+    """Under another name, with common.py alone in an empty folder, a script runs."""
+    source, ours = (ROOT / f"{method}.py").read_text(), {path.stem for path in ROOT.glob("*.py")}
+    imported = set(re.findall(r"^ *(?:from|import) (\w+)", source, re.M))
+    assert imported & {"importlib", *ours} == {"common"}
+    (tmp_path / "mine.py").write_text(source)
+    shutil.copy(ROOT / "common.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    elsewhere = [path for path in sys.path if path not in ("", str(ROOT))]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *elsewhere])
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["mine.py", *command(method, home), "--data-dir", "data"])
+    runpy.run_path("mine.py", run_name="__main__")
+    assert load(distilled_path(method).replace(method, "mine"))["method"] == "mine"
 
 
-def test_experts_only(call, tmp_path):
-    """mtt.py --iterations 0 trains the experts of its seed; the next run takes any."""
-    for flags in ("--iterations 0 --seed 7", "--iterations 0 --seed 8", "--seed 9"):
-        assert call("mtt", "--data-dir", tmp_path, *flags.split())[0] == 0
-    names = {path.name for path in [*tmp_path.glob("experts/*/*"), *tmp_path.glob("out/*.pt")]}
-    assert names == {"seed7_expert000.pt", "seed8_expert000.pt", "mtt_tiny_ipc1_seed9.pt"}
+def test_experts_of_others(call, tmp_path):
+    """--iterations 0 trains a seed's experts; a run takes any, and keeps them if others come."""
+    train = ("mtt", "--data-dir", tmp_path, "--iterations", 0, "--seed")
+    run = ("mtt", "--data-dir", tmp_path, "--seed", 9, "--experts", 2, "--lr-images", 1000)
+    assert call(*train, 7)[0] == call(*train, 8)[0] == 0 and not list(tmp_path.glob("out/*"))
+    assert call(*run)[0] == call(*run, "--iterations", 5, "--out", "unbroken")[0] == 0
+    assert call(*train, 6)[0] == 0  # the first by name
+    names = [path.name for path in tmp_path.glob("experts/*/*")]
+    assert sorted(names) == [f"seed{seed}_expert000.pt" for seed in (6, 7, 8)]
+    for _ in range(2):  # continued, and scored again
+        assert call(*run, "--iterations", 5)[0] == 0
+        assert_same("out/mtt_tiny_ipc1_seed9.pt", "unbroken/mtt_tiny_ipc1_seed9.pt")
+    *_, one, again = map(json.loads, open("out/results.jsonl"))
+    assert one["accuracy"] == again["accuracy"]
 
 
 TWINS = [("mtt", "haba", mtt.load_experts, mtt.match_trajectory)]
@@ -207,90 +214,58 @@ TWINS += [("frepo", "translator_fewshot", frepo.krr, frepo.FrepoProtocol)]
 @pytest.mark.parametrize("one, other, first, last", TWINS)
 def test_twins(one, other, first, last):
     """Of a part that two scripts share, each function and class is the same to the letter."""
-    one, other = map(importlib.import_module, (one, other))
-    sources = inspect.getsource(one), inspect.getsource(other)
-    parts = []
-    for source in sources:
-        begin, end = (source.index(inspect.getsource(x)) for x in (first, last))
-        parts.append(source[begin:end])
-    assert parts[0] == parts[1] and len(parts[0].splitlines()) > 60
-    assert inspect.getsource(last) in sources[1]
-
-
-@METHODS
-def test_single_file(method):
-    """Of our own files, a method imports common.py only."""
-    ours = {path.stem for path in ROOT.glob("*.py")}
-    imported = set()
-    for node in ast.walk(ast.parse((ROOT / f"{method}.py").read_text())):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [getattr(node, "module", name.name) for name in node.names]
-            imported |= {module.partition(".")[0] for module in modules}
-    assert imported & ours == {"common"} and "importlib" not in imported
+    sources = [inspect.getsource(importlib.import_module(method)) for method in (one, other)]
+    first, last = inspect.getsource(first), inspect.getsource(last)
+    one, other = [text[text.index(first) : text.index(last) + len(last)] for text in sources]
+    assert one == other and len(one.splitlines()) > 90
 
 
 # ------------------------------------------------------------ killed and continued
 
 
 @METHODS
-def test_killed(method, finished, call, monkeypatch):
-    """Killed in every second iteration and started again, a run ends as the unbroken one."""
+def test_interrupted(method, finished, call, monkeypatch):
+    """Ctrl-C: one line, status 130. Continued as often as needed, a run ends as an unbroken one."""
     path, step, begun = distilled_path(method), common.Run.step, []
-    unbroken = finished(method) / path
 
-    def die_in_the_second(run, it, loss):
+    def interrupt_the_second(run, it, loss):
         begun.append(it)
         if len(begun) == 2:
-            raise ZeroDivisionError  # the iteration is lost
+            os.kill(os.getpid(), signal.SIGINT)  # the iteration is lost
         run.saved = 0  # the last checkpoint is more than a minute old
         step(run, it, loss)
 
-    monkeypatch.setattr(common.Run, "step", die_in_the_second)
+    monkeypatch.setattr(common.Run, "step", interrupt_the_second)
     for _ in range(6 if method == "translator_fewshot" else 2):
-        with pytest.raises(ZeroDivisionError):
-            call(method)
+        status, err = call(method)
+        assert status == 130 and "same command" in err.splitlines()[-1]
+        assert not os.path.exists(path)
         begun.clear()
-    assert call(method)[0] == 0
-    assert_same(path, unbroken)
-
-
-def test_interrupted(finished, call, monkeypatch):
-    """Ctrl-C: one line, status 130; the same command goes on from the last checkpoint."""
-    step, path = common.Run.step, distilled_path("mtt")
-
-    def interrupt(run, it, loss):
-        if it == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        run.saved = 0  # the last checkpoint is more than a minute old
-        step(run, it, loss)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "step", interrupt)
-        status, err = call("mtt")
-    assert status == 130 and "same command" in err.splitlines()[-1]
-    assert load(path.replace(".pt", ".ckpt"))["done"] == 1 and not os.path.exists(path)
     for _ in range(2):  # a finished run may be repeated, too
-        assert call("mtt")[0] == 0
-        assert_same(path, finished("mtt") / path)
+        assert call(method)[0] == 0
+        assert_same(path, finished(method) / path)
 
 
-def test_sigkill(home, call, tmp_path, monkeypatch):
-    """A process that gets SIGKILL leaves a whole checkpoint, from which the run continues."""
+def test_two_processes(home, call, tmp_path, monkeypatch):
+    """They share the experts' folder; what gets SIGKILL leaves a checkpoint to continue from."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
-    code = "import conftest, common, dm\n"
+    flags = ["--iterations", "60", "--eval-every", "0"]
+    code = "import conftest, common, mtt\n"
     code += "common.Run.saved = property(lambda _: 0, lambda *_: 0)\n"  # save in each iteration
-    code += "common.cli(dm.main)"
-    flags = ["--iterations", "60"]
-    process = subprocess.Popen([sys.executable, "-c", code, *command("dm", home), *flags])
-    path = tmp_path / distilled_path("dm")
+    code += "common.cli(mtt.main)"
+    words = [sys.executable, "-c", code, *command("mtt", home), "--data-dir", tmp_path]
+    process = subprocess.Popen([*words, *flags])
+    other = subprocess.Popen([*words, *"--seed 7 --experts 2 --iterations 0".split()])
+    path = tmp_path / distilled_path("mtt")
     checkpoint = path.with_suffix(".ckpt")
     while process.poll() is None and not (checkpoint.exists() and load(checkpoint)["done"] >= 5):
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL and other.wait() == 0
     assert 5 <= load(checkpoint)["done"] < 60 and not path.exists()
-    assert call("dm", *flags)[0] == 0
-    assert call("dm", *flags, "--out", "unbroken")[0] == 0
+    assert len(list(tmp_path.glob("experts/*/seed7_expert00[01].pt"))) == 2
+    for out in ("out", "unbroken"):
+        assert call("mtt", "--data-dir", tmp_path, *flags, "--out", out)[0] == 0
     assert_same(path, tmp_path / "unbroken" / path.name)
 
 
@@ -315,17 +290,7 @@ def test_tensors(layout, finished, home, call):
     for name, content in make(images, labels).items():
         np.save(name, content) if name.endswith("npy") else torch.save(content, name)
     files = sorted(make(images, labels))
-    flags = [
-        "--tensors",
-        *files,
-        "--protocol",
-        method,
-        "--dataset",
-        home,
-        "--data-dir",
-        home.parent,
-    ]
-    flags += ["--zca"] * (method == "frepo")
+    flags = [*tensor_flags(home, *files, method=method), *["--zca"] * (method == "frepo")]
     flags += ["--step-size", info["step_size"]] * (method == "mtt")
     assert call("evaluate", *flags)[0] == 0
     found = evaluate.training_set(f"out/{files[0].split('.')[0]}_{method}.pt")
@@ -335,21 +300,57 @@ def test_tensors(layout, finished, home, call):
     assert ours["accuracy"] == theirs["accuracy"] and ours["per_class"] == theirs["per_class"]
 
 
+def test_whitened_tensors(home, call):
+    """Whitened images that are given without --zca are said to be far from the real ones."""
+    assert call("dm", "--zca", "--lr", "0")[0] == 0
+    torch.save(evaluate.training_set(distilled_path("dm"))[0], "i.pt")
+    for more, far in (([], True), (["--zca"], False)):
+        assert call("evaluate", *tensor_flags(home), *more)[0] == 0
+        assert ("far apart" in call.out) == far
+
+
+def test_continual(home, call):
+    """A row of the accuracies after each step; the flags of the method count."""
+    flags = ["--continual", "haba", "--orders", "1", "--steps", "1", "--ipc", "1", "--zca"]
+    flags += ["--dataset", home, "--iterations", "1", *FLAGS["haba"].split()]
+    assert call("evaluate", *flags)[0] == 0
+    (row,) = map(json.loads, open("out/results.jsonl"))
+    assert row["kind"] == "continual" and row["classes_seen"] == [3] and len(row["accuracy"]) == 1
+    assert row["settings"]["zca"]
+
+
 def test_tensors_that_do_not_fit(finished, home, call):
     """A wrong guess of the preprocessing is said; what is no tensor is refused."""
     images, labels, _ = evaluate.training_set(finished("dm") / distilled_path("dm"))
     torch.save(images * 9 + 40, "i.pt")
-    flags = ["--tensors", "i.pt", "--protocol", "dm", "--dataset", home, "--data-dir", home.parent]
+    flags = tensor_flags(home)
     assert call("evaluate", *flags)[0] == 0 and "far apart" in call.out
+    torch.save([images, labels[:, None]], "i.pt")
+    assert call("evaluate", *flags)[0] == 0
+    assert torch.equal(evaluate.training_set("out/i_dm.pt")[1], labels)
     for content, word in (
         (pathlib.Path("code"), "save"),
         ([1.0], "no tensors"),
         (images[:, :1], "do not fit"),
         (images.repeat(5, 1, 1, 1)[:4], "labels"),
+        ([images, torch.tensor([0, 1, 3])], "labels"),
+        ([images, torch.zeros(4)], "labels"),
+        ([images, torch.tensor([0, 0.5, 1])], "labels"),
+        (torch.stack([images, images]), "do not fit"),
+        ([images * torch.nan, torch.zeros(3)], "NaN"),
     ):
         torch.save(content, "i.pt")
         status, err = call("evaluate", *flags)
         assert status == 2 and word in err.splitlines()[-1], err
+    torch.save([images, labels], "i.pt")
+    status, err = call("evaluate", *flags, "--step-size", "1e20")
+    assert status == 2 and "diverged" in err.splitlines()[-1]
+
+
+def tensor_flags(home, *files, method="dm"):
+    files = files or ["i.pt"]
+    data = ["--dataset", home, "--data-dir", home.parent]
+    return ["--tensors", *files, "--protocol", method, *data]
 
 
 def test_pictures(home, call):
@@ -365,17 +366,7 @@ def test_pictures(home, call):
     assert status == 2 and "not empty" in err
     for name in ("labels.csv", "README.txt", "grid.png"):
         os.remove(f"pictures/{name}")
-    flags = [
-        "--tensors",
-        "pictures",
-        "--protocol",
-        "dm",
-        "--dataset",
-        home,
-        "--data-dir",
-        home.parent,
-    ]
-    assert call("evaluate", *flags)[0] == 0
+    assert call("evaluate", *tensor_flags(home, "pictures"))[0] == 0
     assert torch.equal(evaluate.training_set("out/pictures_dm.pt")[0], images)
 
 
@@ -423,8 +414,16 @@ def test_join(finished, call):
     parts = [evaluate.training_set(path) for path in paths]
     assert torch.equal(images[0], torch.cat([part[0] for part in parts]))
     assert torch.equal(labels.argmax(1), torch.cat([part[1] for part in parts]))
+    assert row["settings"] == load(paths[0])["settings"] and load(paths[0])["step_size"] is None
+    haba, mtt = (finished(name) / distilled_path(name) for name in ("haba", "mtt"))
+    _, joint, images, labels, _ = evaluate.join_files([haba, mtt], evaluate.parse(["x"]))
+    assert images.shape[:2] == (5, 6) and len(labels) == 6
+    assert torch.equal(images[:, :3].flatten(0, 1), evaluate.training_set(haba)[0])
+    assert torch.equal(images[3, 3:], evaluate.training_set(mtt)[0])
+    rates = [load(path)["step_size"] for path in (haba, mtt)]
+    assert joint["step_size"] == sum(rates) / 2
     status, err = call("evaluate", paths[0], finished("frepo") / distilled_path("frepo"), "--join")
-    assert status == 2 and "frepo_tiny_ipc1.pt" in err.splitlines()[-1]
+    assert status == 2 and "differ in data" in err.splitlines()[-1]
 
 
 def test_other_data(finished, home, call, tmp_path):
@@ -447,8 +446,8 @@ def test_other_scores(flags, finished, home, call):
     path = [finished("dm") / distilled_path("dm")] * (flags == "--corruption")
     assert call("evaluate", *path, *flags.split(), "--dataset", home)[0] == 0
     rows = list(map(json.loads, open("out/results.jsonl")))
-    assert len(rows) == (1 if path else 4)
-    assert np.shape(rows[0]["accuracy"]) == ((6,) if path else ())
+    assert len(rows) == (2 if path else 4)
+    assert np.shape(rows[-1]["accuracy"]) == ((6,) if path else ())
 
 
 # ------------------------------------------------------------ mistakes
@@ -479,6 +478,7 @@ kfs --ipc 13 --codes 0 > codes 12 --ipc
 kfs --real-means 2 --batch-real 4 --out other > --real-means --batch-real
 kfs --fixed-decoders DM --out other > DM kfs.py
 translator_fewshot --eval-every 1 > --eval-every
+frepo --batch-real 1000000000000000 --out other > allocate memory
 translator_fewshot --mode adapted > --translator
 translator_fewshot --mode adapted --translator DM > DM
 evaluate > nothing
@@ -493,8 +493,14 @@ evaluate DM --export FILE > FILE
 evaluate --coreset random --dataset TINY --ipc 13 > 13
 evaluate --continual dm --dataset TINY --steps 2 > --steps 1 at most
 evaluate --continual mtt --dataset TINY --steps 1 --iterations 0 > --iterations 1 or more
-evaluate --continual dm --dataset TINY --steps 1 --network vgg11 > --continual
+evaluate --continual dm --dataset TINY --steps 1 --network vgg11 > --network
 evaluate DM DM --export images > --export
+evaluate DM --zca > zca
+evaluate DM --join > --join two
+evaluate DM DM --join > --join once
+evaluate DM --save out > out --save
+evaluate DM --step-size 3 > step_size
+mtt --step-size 0 --out other > --step-size
 evaluate --table --out empty > results.jsonl
 """
 
@@ -565,3 +571,15 @@ def test_table(tmp_path, capsys):
     evaluate.main(["--table", "--out", str(tmp_path)])
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [line[0].split()[-1] + line[6] for line in lines] == ["bilevel40 +- 1", "one-net50 +- 1"]
+
+
+def test_paper_number():
+    """HaBa's bases of one channel have a number of their own."""
+    with (ROOT / "results/targets.csv").open() as file:
+        targets = list(csv.DictReader(file))
+    row = {"method": "haba", "dataset": "cifar10", "network": "convnet3"}
+    numbers = {(1, 0): ["48.3"], (1, 3): ["48.3"], (3, 1): ["55.66"], (1, 1): [], (9, 0): ["69.9"]}
+    for (bpc, channels), means in numbers.items():
+        row |= {"per_class": bpc, "settings": {"objective": "mtt", "basis_channels": channels}}
+        found = evaluate.paper_number(row, targets)
+        assert re.findall(r"([\d.]+) \+- ", found) == means

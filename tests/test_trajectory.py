@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Args, make_data, relative
+from conftest import find, make_data, relative, spy
 from torch import nn
 from torch.func import functional_call
 
@@ -55,17 +55,27 @@ def scene(kind, steps, side=16, device="cpu"):
 
 def check_match(kind, kept=0, **place):
     """Loss and gradients of images, module and step size against one graph of all steps."""
-    arguments, leaves = scene(kind, 5, **place)
-    loss = naive_match(*arguments)
+    (*arguments, batch, steps), leaves = scene(kind, 5, **place)
+    loss = naive_match(*arguments, batch, steps)
     expected = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = torch.ones_like(leaf)  # the gradients are added, as by backward()
-    start = arguments[1].clone()
-    our_loss, step_size_grad = mtt.match_trajectory(*arguments, kept)
+    start, made, alive = arguments[1].clone(), [], []
+
+    def watched(n):
+        alive.append(sum(ref() is not None for ref in made))
+        images, labels = batch(n)
+        made.append(weakref.ref(images))
+        return images, labels
+
+    our_loss, step_size_grad = mtt.match_trajectory(*arguments, watched, steps, kept)
     found = [step_size_grad] + [leaf.grad - 1 for leaf in leaves[1:]]
     assert max(map(relative, [our_loss, *found], [loss, *expected])) < 1e-8
     assert torch.equal(arguments[1], start) and leaves[0].grad == 1
     assert all(p.grad is None for p in arguments[0].parameters())
+    if kind == "minibatches" and not start.is_cuda:  # a graph holds its step's images
+        assert min(kept, steps) - 1 <= max(alive) <= kept + 1 and not our_loss.requires_grad
+        assert not any(ref() is not None for ref in made)
 
 
 KINDS = pytest.mark.parametrize("kind", ["all", "minibatches", "module"])
@@ -74,26 +84,17 @@ KINDS = pytest.mark.parametrize("kind", ["all", "minibatches", "module"])
 @pytest.mark.parametrize("kept", [0, 2, 5, 9])
 @KINDS
 def test_match(kind, kept):
-    """However many graphs are kept."""
+    """However many graphs are kept; at most one beyond them is alive."""
     check_match(kind, kept)
 
 
 def graphed_stand_in(function, static):
-    """torch.cuda.make_graphed_callables on a CPU: one memory for each input and result.
-
-    A call overwrites what the last one returned, by NaN first, as a reader between them may see
-    either; the backward pass is that of the last call.
-    """
+    """torch.cuda.make_graphed_callables on a CPU: a call overwrites the last one's memory."""
     memory, last = {}, []
 
-    def fill(name, values):
-        """Overwrite the memory of `name` -> tensors that share it."""
-        for old in memory.get(name, ()):
-            old.fill_(torch.nan)
-        memory.setdefault(name, [value.detach().clone() for value in values])
-        for old, value in zip(memory[name], values, strict=True):
-            old.copy_(value.detach())
-        return [old.detach() for old in memory[name]]
+    def fill(name, value):
+        """Overwrite the memory of `name` -> a tensor that shares it."""
+        return memory.setdefault(name, value.detach().clone()).copy_(value).detach()
 
     class Graphed(torch.autograd.Function):
         @staticmethod
@@ -102,13 +103,13 @@ def graphed_stand_in(function, static):
                 tensor.copy_(value)
             with torch.enable_grad():
                 last[:] = [function(*static)]
-            return fill("output", last)[0]
+            return fill("output", last[0])
 
         @staticmethod
         def backward(ctx, gradient):
             leaves = [tensor for tensor in static if tensor.requires_grad]
             gradients = torch.autograd.grad(last[0], leaves, gradient, retain_graph=True)
-            return *fill("gradients", gradients), None
+            return *[fill(k, value) for k, value in enumerate(gradients)], None
 
     return Graphed.apply
 
@@ -129,33 +130,15 @@ def test_bfloat16_gradient(monkeypatch):
     images, labels = torch.randn(6, 3, 16, 16), torch.arange(6) % 3
     found = []
     for dtype, low in ((torch.double, False), (torch.float, False), (torch.float, True)):
-        monkeypatch.setattr(common, "is_bfloat16", lambda device, low=low: low)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda low=low: low)
         params = mtt.flatten(net).to(dtype).requires_grad_()
         x = images.to(dtype).requires_grad_()
         gradient = mtt.student_gradient(net.to(dtype), params, x, labels)
         assert gradient.dtype == params.dtype
-        found.append(
-            [gradient.detach(), *torch.autograd.grad(gradient.square().sum(), (params, x))]
-        )
+        slopes = torch.autograd.grad(gradient.square().sum(), (params, x))
+        found.append([gradient.detach(), *slopes])
     for exact, single, half in zip(*found, strict=True):
         assert relative(single.double(), exact) < 1e-4 < relative(half.double(), exact) < 0.15
-
-
-@pytest.mark.parametrize("kept", [0, 2, 8])
-def test_match_memory(kept):
-    """At most one graph beyond the kept ones is alive: a graph holds its step's images."""
-    (*arguments, batch, steps), _ = scene("minibatches", 8)
-    made, alive = [], []
-
-    def watched(n):
-        alive.append(sum(ref() is not None for ref in made))
-        images, labels = batch(n)
-        made.append(weakref.ref(images))
-        return images, labels
-
-    loss, _ = mtt.match_trajectory(*arguments, watched, steps, kept)
-    assert kept - 1 <= max(alive) <= kept + 1
-    assert not any(ref() is not None for ref in made) and not loss.requires_grad
 
 
 def test_student_indices():
@@ -170,21 +153,21 @@ def test_student_indices():
         assert torch.arange(10)[mtt.student_indices(10, size, 5, "a")].tolist() == list(range(10))
 
 
+def load_experts(data, folder, epochs=1, **settings):
+    args = mtt.Args(data_dir=str(folder), max_start=1, expert_epochs=epochs, **settings)
+    return mtt.load_experts(data, args, {})
+
+
 def test_expert_is_sgd(tmp_path, exact, monkeypatch):
     """An expert against a plain loop with the same DSA draws: SGD, lr 0.01, batch 256."""
-    data, batches, transform = make_data(100), [], common.transform
+    data, batches = make_data(100), []
 
-    def record(images, *args):
-        index = (images[:, None, 0, 0] == data.train[:, 0, 0]).all(2).nonzero()[:, 1]
-        batches.append((index, transform(images, *args)))
-        return batches[-1][1]
+    def note(transformed, images, *_):
+        batches.append((find(images, data.train), transformed))
 
-    monkeypatch.setattr(common, "transform", record)
-    (trajectory,) = mtt.load_experts(data, Args(data_dir=str(tmp_path), max_start=2), {})
+    spy(monkeypatch, common, "transform", note)
+    (trajectory,) = load_experts(data, tmp_path, epochs=2, experts=1)
     assert [len(index) for index, _ in batches] == [256, 44] * 2
-    orders = torch.cat([index for index, _ in batches]).view(2, 300)
-    assert (orders.sort(1).values == torch.arange(300)).all() and (orders[0] != orders[1]).any()
-
     net = common.ConvNet(data.shape, 3)
     net.load_state_dict(mtt.unflatten(net, trajectory[0]))
     optimizer, ends = torch.optim.SGD(net.parameters(), lr=0.01), [trajectory[0]]
@@ -198,57 +181,29 @@ def test_expert_is_sgd(tmp_path, exact, monkeypatch):
 
 def test_expert_continues(data, tmp_path):
     """2 epochs, then 4, are those of an unbroken expert bit for bit; fewer are its first ones."""
-
-    def load(folder, max_start):
-        args = Args(data_dir=str(tmp_path / folder), max_start=max_start, expert_epochs=2)
-        return mtt.load_experts(data, args, {})
-
-    first, continued = load("a", 1), load("a", 3)
-    assert first.shape[:2] == (1, 3) and len(continued[0].unique(dim=0)) == 5
-    assert torch.equal(continued, load("b", 3))
-    assert torch.equal(continued[:, :3], first) and torch.equal(load("a", 1), first)
+    epochs = [("a", 2), ("a", 4), ("b", 4), ("a", 2)]
+    loaded = [load_experts(data, tmp_path / name, n, experts=1)[0] for name, n in epochs]
+    first, continued, unbroken, again = loaded
+    assert len(first) == 3 and len(continued.unique(dim=0)) == 5
+    assert torch.equal(continued, unbroken) and torch.equal(first, again)
+    assert torch.equal(continued[:3], first)
 
 
 def test_experts_of_several_runs(data, tmp_path):
     """--iterations 0 trains a seed's own experts; later runs share all, their own first."""
-
-    def load(**settings):
-        experts = mtt.load_experts(data, Args(data_dir=str(tmp_path), **settings), {})
-        return experts, len(list(tmp_path.rglob("*.pt")))
-
-    own, _ = load(experts=2, iterations=0)
-    other, files = load(experts=2, iterations=0, seed=1)
-    union = torch.cat([own, other])
-    assert files == 4 and len(union[:, 0].unique(dim=0)) == 4
+    own = load_experts(data, tmp_path, experts=2, iterations=0)
+    union = torch.cat([own, load_experts(data, tmp_path, experts=2, iterations=0, seed=1)])
+    assert len(union[:, 0].unique(dim=0)) == 4
     for seed, order in ((0, [0, 1, 2, 3]), (1, [0, 2, 3]), (2, [0, 1, 2, 3])):
-        shared, files = load(experts=len(order), seed=seed)
-        assert torch.equal(shared, union[order]) and files == 4
-    third, files = load(iterations=0, seed=2)
-    assert files == 5 and not (third == union).flatten(1).all(1).any()
+        shared = load_experts(data, tmp_path, experts=len(order), seed=seed)
+        assert torch.equal(shared, union[order]) and len(list(tmp_path.rglob("*.pt"))) == 4
 
 
 def test_sample_segment():
     """Start and target are M epochs apart on one expert; every expert and t below T+ comes up."""
     experts = (torch.arange(3)[:, None] * 100 + torch.arange(6))[:, :, None].expand(3, 6, 2)
-    args, drawn = Args(max_start=3, expert_epochs=2), set()
+    args, drawn = mtt.Args(max_start=3, expert_epochs=2), set()
     for it in range(300):
         start, target = mtt.sample_segment(experts, args, 0, it)
         drawn.add((start[0].item(), target[1].item()))
     assert drawn == {(100 * k + t, 100 * k + t + 2) for k in range(3) for t in range(3)}
-
-
-def test_experts_that_come_later(data, tmp_path):
-    """A run that is continued or scored again keeps its experts, whatever comes later."""
-    settings = dict(data_dir=str(tmp_path), experts=2, student_steps=1, lr_images=1.0, epochs=1)
-    args = mtt.Args(max_start=1, expert_epochs=1, runs=1, lr_step=0.0, iterations=2, **settings)
-    mtt.distill(data, args, tmp_path / "a.pt")
-    experts = [path.name for path in tmp_path.rglob("*expert*.pt")]
-    args.iterations = 4
-    unbroken = mtt.distill(data, args, tmp_path / "whole.pt")
-    mtt.load_experts(data, Args(data_dir=str(tmp_path), iterations=0, seed=7), {})
-    (later,) = {path.name for path in tmp_path.rglob("*expert*.pt")} - set(experts)
-    later = next(tmp_path.rglob(later))
-    later.rename(later.with_name("seed0_aaa.pt"))  # the first by name
-    for _ in range(2):
-        continued = mtt.distill(data, args, tmp_path / "a.pt")
-        assert torch.equal(continued["images"], unbroken["images"])
