@@ -608,8 +608,14 @@ def train_epoch(net, optimizer, data, images, labels, protocol, *key):
         optimizer.step()
 
 
-def train(data, images, labels, protocol, *key):
-    """Train a fresh network -> network. images (V, n, c, h, w), labels (n,) or soft (n, C)."""
+def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
+    """Train network k, with the rate step_size if given -> network, test accuracy in %.
+
+    images (V, n, c, h, w), labels (n,) or soft (n, C). Raises UserError if the training diverges.
+    """
+    lr = protocol.lr if step_size is None else float(step_size)
+    protocol = replace(protocol, lr=lr, epochs=args.epochs or protocol.epochs)
+    key = (args.seed, "score", k)
     seed(*key)
     net = protocol.network(data.shape, len(data.classes)).to(data.device)
     optimizer = protocol.optimizer(net.parameters(), weight_decay=protocol.weight_decay)
@@ -619,8 +625,8 @@ def train(data, images, labels, protocol, *key):
         optimizer.param_groups[0]["lr"] = protocol.rate(epoch, len(labels))
         train_epoch(net, optimizer, data, images, labels, protocol, *key, epoch)
     if not all(p.isfinite().all() for p in net.parameters()):
-        raise UserError(f"a network diverged in training: is the rate of {protocol.lr} too large?")
-    return net.eval()
+        raise UserError(f"a network diverged in training: is the rate of {lr} too large?")
+    return net.eval(), accuracy(net, data.test, data.test_labels)
 
 
 @torch.no_grad()
@@ -629,14 +635,6 @@ def accuracy(net, images, labels):
     with autocast(images.device):
         predicted = torch.cat([net(x).argmax(1) for x in images.split(500)])
     return 100 * (predicted == labels).float().mean().item()
-
-
-def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
-    """Train network k as in `train`, with the rate step_size if given -> network, accuracy in %."""
-    lr = protocol.lr if step_size is None else float(step_size)
-    protocol = replace(protocol, lr=lr, epochs=args.epochs or protocol.epochs)
-    net = train(data, images, labels, protocol, args.seed, "score", k)
-    return net, accuracy(net, data.test, data.test_labels)
 
 
 def score(data, distilled, images, labels, protocol, args):

@@ -1,5 +1,6 @@
 """Data, augmentation, network and training of common.py, each against an independent reference."""
 
+import argparse
 import collections
 import dataclasses
 import math
@@ -259,7 +260,7 @@ def test_learning_rate():
 @pytest.mark.parametrize("regression", [False, True])
 def test_train(regression, data, monkeypatch):
     """Training against a plain loop: the optimizer, the schedule, the batches, their mixing."""
-    data = dataclasses.replace(data, flip=False)
+    data = dataclasses.replace(data, flip=False, test=data.test.double())
     variants, labels = torch.stack([data.train, -data.train]).double(), data.train_labels
     pool, batches = variants.flatten(0, 1), []
 
@@ -275,12 +276,13 @@ def test_train(regression, data, monkeypatch):
     settings["network"] = lambda *shape: common.ConvNet(*shape, width=8).double()
     kind = frepo.FrepoProtocol if regression else common.Protocol
     protocol = kind(augment=augment, **settings | {"lr": 0.01})
-    trained = common.train(data, variants, labels, protocol, "key")
+    arguments = data, variants, labels, protocol, argparse.Namespace(seed=0, epochs=0)
+    trained, _ = common.train_and_test(*arguments)
     orders = torch.cat(batches).view(3, 36)
     assert [len(index) for index in batches] == [15, 15, 6] * 3 and len(orders.unique(dim=0)) == 3
     assert ((orders % 36).sort(1).values == torch.arange(36)).all() and (orders >= 36).any()
     monkeypatch.setattr(kind, "length", lambda *_: 0)
-    net = common.train(data, variants, labels, protocol, "key").train()
+    net = common.train_and_test(*arguments)[0].train()
     start = mtt.flatten(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0, momentum=0.9, weight_decay=0.05)
     if regression:

@@ -300,15 +300,6 @@ def test_tensors(layout, finished, home, call):
     assert ours["accuracy"] == theirs["accuracy"] and ours["per_class"] == theirs["per_class"]
 
 
-def test_whitened_tensors(home, call):
-    """Whitened images that are given without --zca are said to be far from the real ones."""
-    assert call("dm", "--zca", "--lr", "0")[0] == 0
-    torch.save(evaluate.training_set(distilled_path("dm"))[0], "i.pt")
-    for more, far in (([], True), (["--zca"], False)):
-        assert call("evaluate", *tensor_flags(home), *more)[0] == 0
-        assert ("far apart" in call.out) == far
-
-
 def test_continual(home, call):
     """A row of the accuracies after each step; the flags of the method count."""
     flags = ["--continual", "haba", "--orders", "1", "--steps", "1", "--ipc", "1", "--zca"]
@@ -321,10 +312,17 @@ def test_continual(home, call):
 
 def test_tensors_that_do_not_fit(finished, home, call):
     """A wrong guess of the preprocessing is said; what is no tensor is refused."""
+    assert call("dm", "--zca", "--lr", "0")[0] == 0
+    whitened, *_ = evaluate.training_set(distilled_path("dm"))
     images, labels, _ = evaluate.training_set(finished("dm") / distilled_path("dm"))
-    torch.save(images * 9 + 40, "i.pt")
     flags = tensor_flags(home)
-    assert call("evaluate", *flags)[0] == 0 and "far apart" in call.out
+    for tensor, more, far in (
+        (images * 9 + 40, [], 1),
+        (whitened, [], 1),
+        (whitened, ["--zca"], 0),
+    ):
+        torch.save(tensor, "i.pt")
+        assert call("evaluate", *flags, *more)[0] == 0 and ("far apart" in call.out) == far
     torch.save([images, labels[:, None]], "i.pt")
     assert call("evaluate", *flags)[0] == 0
     assert torch.equal(evaluate.training_set("out/i_dm.pt")[1], labels)
@@ -395,12 +393,10 @@ def test_train_network(method, finished, home, call):
     pictures = sorted(home.glob("test/*/*"))
     for file, name in ((first, "convnet"), (other, "resnet10")):
         stored = load(f"nets/{file}")
-        names = [path.parent.name for path in pictures]
         found = evaluate.classify(f"nets/{file}", *pictures)
-        right = sum(map(operator.eq, found, names)) / len(names)
-        assert stored["network"].startswith(name) and stored["accuracy"] == pytest.approx(
-            100 * right
-        )
+        right = [found == path.parent.name for found, path in zip(found, pictures, strict=True)]
+        assert stored["network"].startswith(name)
+        assert stored["accuracy"] == pytest.approx(100 * np.mean(right))
 
 
 def test_join(finished, call):
