@@ -42,7 +42,7 @@ class UserError(Exception):
 
 
 def arg(default, text, least=None):
-    """Declare a setting: default, help text, least valid number (else 1, for a float 0)."""
+    """Declare a setting: default, help text, least valid number (None: 1 for int, else 0)."""
     least = int(type(default) is int) if least is None else least
     return field(default=default, metadata={"help": f"{text} [{default}]", "least": least})
 
@@ -64,8 +64,8 @@ class Args:
     epochs: int = arg(0, "training epochs of each of these networks; 0: the protocol's", 0)
     eval_every: int = arg(0, "score two networks every so many iterations; 0: at the end only", 0)
 
-    # Preprocess.kind for `zca`; the setting of images, or bases, per class; settings that are in no
-    # file and no row, as they say where, not what; others that a resumed run may change
+    # Preprocess.kind for `zca`; the setting of images, or bases, per class; settings that no file
+    # and no row contains, as no result depends on them; settings that a resumed run may change
     whitening = "zca"
     budget = "ipc"
     places = ("data_dir", "device", "out")
@@ -217,7 +217,7 @@ class Dataset:
         return (self.indices_by_class >= 0).sum(1).min().item()
 
     def at_most(self, per_class):
-        """Limit a number of real images per class to the smallest class, and say so."""
+        """Limit real images per class to the size of the smallest class; print if that is less."""
         if per_class > self.smallest_class:
             print(f"the smallest class has {self.smallest_class} images: --batch-real is as many")
         return min(per_class, self.smallest_class)
@@ -262,7 +262,7 @@ def load_dataset(args, device):
 
 
 def read_images(args):
-    """Read [(uint8 pixels (n, c, h, w), labels (n,)) to train, to test], classes, source."""
+    """Read args.dataset -> [(pixels, labels) to train, (...) to test], classes, source."""
     name = args.dataset
     if name == "glyphs" and args.size:
         raise UserError("glyphs have 16x16 pixels: leave out --size")
@@ -290,7 +290,7 @@ def read_images(args):
 
 
 def read_folder(folder, args):
-    """Read train/<class>/* and test/ or val/, whichever has the same classes; see read_images."""
+    """Read train/<class>/* and test/, or val/ if test/ has other classes -> as read_images."""
     listed = {name: list_images(folder / name) for name in ("train", "test", "val")}
     classes, train = listed["train"]
     same = [name for name in ("test", "val") if listed[name][0] == classes]
@@ -302,13 +302,15 @@ def read_folder(folder, args):
     # a cache is of the path, size and change time of each file
     states = [(os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_ctime_ns) for p in paths]
     cache = pathlib.Path(args.data_dir) / ".cache" / f"images_{hash_int(args.size, states):016x}.pt"
-    pixels = cached(cache, lambda: to_pixels(map(open_image, paths), args.size))
-    arrays = [array.tensor_split([len(train)]) for array in (pixels, torch.tensor(labels))]
+    if not cache.exists():
+        save(to_pixels(map(open_image, paths), args.size), cache)
+    tensors = (load(cache, "a cache"), torch.tensor(labels))
+    arrays = [tensor.tensor_split([len(train)]) for tensor in tensors]
     return list(zip(*arrays, strict=True)), classes, f"{folder}/train and {same[0]}"
 
 
 def list_images(folder):
-    """List what Pillow opens below <class>/ -> classes, [(path, label)]; hidden: skipped."""
+    """List what Pillow opens in <class>/, except hidden files -> classes, [(path, label)]."""
     classes = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
     formats = Image.registered_extensions()
 
@@ -321,7 +323,7 @@ def list_images(folder):
 
 
 def open_image(path):
-    """Open an image as a viewer shows it, in RGB. Raises ValueError where that needs a guess."""
+    """Open an image as a viewer shows it, in RGB. Raises ValueError if that is ambiguous."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -645,14 +647,14 @@ def score(data, distilled, images, labels, protocol, args):
     real_per_class = math.ceil(distilled["stored_per_class"] / math.prod(data.shape))
     real_per_class = min(real_per_class, data.smallest_class)
     began = time.time()
+    step_size = distilled["step_size"]
+    baseline = protocol.baseline()
     trained = []
     random = []
     for k in range(args.runs):
-        rest = protocol, args, distilled["step_size"], k
-        trained.append(train_and_test(data, images, labels, *rest))
+        trained.append(train_and_test(data, images, labels, protocol, args, step_size, k))
         real, real_labels = data.sample(real_per_class, args.seed, "random real", k)
-        rest = protocol.baseline(), args, None, k
-        random.append(train_and_test(data, real[None], real_labels, *rest)[1])
+        random.append(train_and_test(data, real[None], real_labels, baseline, args, k=k)[1])
 
     ours = [found for _, found in trained]
     names = ("method", "dataset", "per_class", "iterations", "seconds", "settings")
@@ -668,10 +670,10 @@ def score(data, distilled, images, labels, protocol, args):
         "seed": args.seed,
         "scoring_seconds": round(time.time() - began),
     }
-    what = "{method} on {dataset}, {per_class} per class, {network}, {runs} x {epochs} epochs"
-    ours = "{accuracy} +- {std} %"
-    real = "random real images, {random_per_class} per class: {random} +- {random_std} %"
-    print(f"{what}: {ours} ({real})".format(**row))
+    text = "{method} on {dataset}, {per_class} per class, {network}, {runs} x {epochs} epochs: "
+    text += "{accuracy} +- {std} % "
+    text += "(random real images, {random_per_class} per class: {random} +- {random_std} %)"
+    print(text.format(**row))
     append_row(row, data.device, args.out)
     return row, trained
 
@@ -712,7 +714,7 @@ def save(content, path):
 
 
 def load(path, what, *keys):
-    """torch.load(weights_only=True) onto the CPU; keys: what it has to hold. Raises UserError."""
+    """torch.load(weights_only=True) onto the CPU; `keys` must be in the file. Raises UserError."""
     try:
         content = torch.load(path, "cpu", weights_only=True)
         return content if not keys else {key: content[key] for key in {*keys, *content}}
@@ -720,13 +722,6 @@ def load(path, what, *keys):
         raise UserError(f"{path} does not exist: give the path of {what}") from None
     except Exception:
         raise UserError(f"{path} is broken or not {what}: move it away or give another") from None
-
-
-def cached(path, make):
-    """Load `path`; if it is missing, first save make() there."""
-    if not path.exists():
-        save(make(), path)
-    return load(path, "a cache")
 
 
 def output_path(args, kind=""):
@@ -740,8 +735,8 @@ def output_path(args, kind=""):
 
 
 def save_distilled(path, data, args, tensors, run, step_size=None):
-    """Write `tensors`, what their use needs, step_size: the rate or None -> the content, a dict."""
-    # numbers of a file, without labels
+    """Write a distilled file: `tensors`, metadata, step_size (or None) -> its content, a dict."""
+    # storage as a count of numbers; labels are not counted
     stored = sum(t.numel() for name, t in tensors.items() if name != "labels")
     distilled = {
         "method": args.method,
@@ -805,7 +800,7 @@ class Run:
         self.version = file_version(self.path)
         if self.version:
             self.record = load(self.path, "a checkpoint", *self.record, "state")
-        # data, settings but args.free, and inputs (a tensor) have to be the same
+        # data, inputs (a tensor) and all settings except args.free must be those of the checkpoint
         stored = self.record["settings"]
         wrong = [x for x in settings if x not in args.free and settings[x] != stored.get(x)]
         if wrong:

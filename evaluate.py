@@ -35,7 +35,7 @@ CORESETS = ("random", "herding", "k-center", "forgetting")
 def train_network(path, network="", seed=0, epochs=0, **flags):
     """Train a network on any method's file by its protocol -> network, test accuracy in %.
 
-    network, epochs: the method's if "", 0; flags: those of this script, e.g. data_dir="data".
+    network "", epochs 0: the protocol's; flags: those of this script, e.g. data_dir="data".
     """
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     words += [f"--network={network}", f"--seed={seed}", f"--epochs={epochs}"]
@@ -46,8 +46,8 @@ def train_network(path, network="", seed=0, epochs=0, **flags):
 def training_set(path):
     """Training images of a distilled file of any method, on the CPU. Raises UserError.
 
-    -> images (N, c, h, w), preprocessed as info["preprocess"] says, all variants of HaBa's; labels
-    (N,) or soft (N, C); info: all else but tensors (method, dataset, classes, step_size, ...).
+    -> images (N, c, h, w), preprocessed as info["preprocess"] says, HaBa's with all hallucinators;
+    labels (N,) or soft (N, C); info: the metadata (method, dataset, classes, step_size, ...).
     """
     distilled = read_distilled(path)
     images, labels = decode(distilled)
@@ -61,7 +61,7 @@ def read_distilled(path):
     distilled = common.load(path, "a distilled file of these scripts", *needed)
     tensors = filter(torch.is_tensor, distilled.values())
     if distilled["method"] not in METHODS or not all(x.isfinite().all() for x in tensors):
-        raise common.UserError(f"{path}: unknown method {distilled['method']}, or a NaN in it")
+        raise common.UserError(f"{path}: unknown method {distilled['method']}, or NaN or infinity")
     return distilled | {"stem": pathlib.Path(path).stem}
 
 
@@ -73,7 +73,7 @@ def decode(distilled, device="cpu"):
 
 
 def open_file(path, args):
-    """Load a distilled file and its data set -> the arguments of common.score but the last."""
+    """Load a distilled file and its data set -> the first five arguments of common.score."""
     distilled = read_distilled(path)
     method = importlib.import_module(distilled["method"])
     settings = method.Args(**distilled["settings"])
@@ -88,28 +88,27 @@ def open_file(path, args):
 
 @functools.lru_cache
 def load_data(method, **settings):
-    """Load a data set by settings of method.Args, once for the same settings -> Dataset."""
+    """Load the data set of method.Args(**settings) -> Dataset; equal settings load once."""
     args = method.Args(**settings)
     return common.load_dataset(args, common.setup(args))
 
 
 def join_files(paths, args):
-    """Join files of the same classes, by the protocol of the first -> as open_file."""
+    """Join files of the same data; the protocol is that of the first -> as open_file."""
     sets = [open_file(path, args) for path in paths]
     data, *_, protocol = sets[0]
     if len({(x.fingerprint, x.flip, type(rule)) for x, *_, rule in sets}) > 1:
         raise common.UserError("--join: the files differ in data, --flip or loss")
     joint, images, labels = join([part[1:4] for part in sets], data.classes, protocol)
-    for name in ("per_class", "stored_per_class"):
-        joint[name] = sum(distilled[name] for _, distilled, *_ in sets)
-    for name in ("method", "stem"):
-        joint[name] = "+".join(distilled[name] for _, distilled, *_ in sets)
+    merges = {"per_class": sum, "stored_per_class": sum, "method": "+".join, "stem": "+".join}
+    for name, merge in merges.items():
+        joint[name] = merge(distilled[name] for _, distilled, *_ in sets)
     return data, joint, images, labels, protocol
 
 
 def join(parts, classes, protocol):
-    """Join [(distilled, images, labels)] of some of `classes` each -> the same, labels soft."""
-    # repeated to a common number of variants, so that those of a part stay equally likely
+    """Join [(distilled, images, labels)], each of some of `classes` -> one such, soft labels."""
+    # variants repeat up to a common multiple, so those of a part stay equally likely
     variants = torch.arange(math.lcm(*(len(images) for _, images, _ in parts)))
     images = torch.cat([images[variants % len(images)] for _, images, _ in parts], 1)
     labels = []
@@ -130,8 +129,8 @@ def join(parts, classes, protocol):
 def open_tensors(args):
     """Make a distilled file of other people's images and labels -> its path. Raises UserError.
 
-    Images (n, c, h, w), (n, h, w, c) or (C, n, c, h, w): preprocessed like args.dataset, with --zca
-    or not, or bytes, or --pixels. Labels: numbers, one-hot or soft; without: class after class.
+    Images (n, c, h, w), (n, h, w, c) or (C, n, c, h, w): pixels if uint8 or with --pixels, else
+    network inputs (--zca: whitened). Labels: numbers, one-hot or soft; none: class after class.
     """
     method = importlib.import_module(args.protocol)
     data = load_data(method, **args.data)
@@ -157,8 +156,6 @@ def open_tensors(args):
     if not fit or not set(numbers.tolist()) <= set(range(count)):
         shapes = f"({len(images)},) of 0 .. {count - 1}, or ({len(images)}, {count})"
         raise common.UserError(f"labels of {tuple(labels.shape)} are not {shapes}")
-    if not (images.isfinite().all() and labels.isfinite().all()):
-        raise common.UserError(f"{paths[0]}: images or labels are NaN or infinite")
     soft = labels.ndim == 2 and labels.unique().tolist() != [0, 1]
     tensors = {"images": images, "labels": labels.float() if soft else numbers.long()}
 
@@ -179,7 +176,7 @@ def open_tensors(args):
 
 
 def read_tensors(path, data):
-    """Read an array, a tensor, a list of them, a dict's first list in "data", or <class>/*."""
+    """Read .npy, .pt (tensor, list of tensors, {"data": [list, ...]}) or <class>/* -> tensors."""
     try:
         if path.is_dir():
             names, samples = common.list_images(path)
@@ -206,7 +203,7 @@ def read_pictures(paths, shape):
 
 
 def open_coreset(kind, args):
-    """Select a core-set of --dataset -> the arguments of common.score but the last."""
+    """Select a core-set of --dataset -> the first five arguments of common.score."""
     data = load_data(common, **args.data)
     images, labels = data.sample(args.ipc, args.seed, "core-set")
     if kind != "random":
@@ -219,13 +216,15 @@ def open_coreset(kind, args):
 
 
 def select(kind, data, args):
-    """Images of a core-set; each step takes that of lowest cost in a class."""
-    path = f"{args.data_dir}/.cache/features_{data.fingerprint}_{data.flip}_{args.seed}.pt"
-    learned = common.cached(pathlib.Path(path), functools.partial(learn_features, data, args))
-    all_features, forgotten = (tensor.to(data.device) for tensor in learned)
+    """Select the images of a core-set greedily: at each step that of the lowest cost."""
+    name = f"features_{data.fingerprint}_{data.flip}_{args.seed}.pt"
+    path = pathlib.Path(args.data_dir) / ".cache" / name
+    if not path.exists():
+        common.save(learn_features(data, args), path)
+    all_features, forgotten = (x.to(data.device) for x in common.load(path, "a cache"))
     chosen = []
-    for index in data.indices_by_class:
-        index = index[index >= 0]
+    for c in range(len(data.classes)):
+        index = (data.train_labels == c).nonzero()[:, 0]
         features = all_features[index]
         cost = -forgotten[index]
         best = []
@@ -254,7 +253,7 @@ def learn_features(data, args):
         features = common.frozen_features(net, data.train)
         with torch.no_grad(), common.autocast(data.device):
             wrong = net.classifier(features).argmax(1) != data.train_labels
-        # images that never were correct have no event (Toneva et al. 2019 put them first)
+        # images that were never correct have no event (Toneva et al. 2019 put them first)
         forgotten += correct & wrong
         correct = ~wrong
     return features, forgotten
@@ -331,7 +330,7 @@ def save_networks(folder, job, trained):
 
 @torch.no_grad()
 def classify(network_file, *pictures):
-    """Names of the classes of pictures, by a network of --save; cropped and resized to its size."""
+    """Classify pictures, cropped and resized, by a network of --save -> names of classes."""
     names = ("network", "classes", "shape", "preprocess", "weights")
     stored = common.load(network_file, "a network of evaluate.py --save", *names)
     net = build_network(stored["network"], stored["shape"], len(stored["classes"]))
@@ -342,7 +341,7 @@ def classify(network_file, *pictures):
 
 
 def read_corruptions(folder, data):
-    """Read CIFAR-10-C -> {kind: uint8 (5, n, c, h, w)}, labels (n,); "made": three of its kinds."""
+    """Read CIFAR-10-C, or compute three kinds -> {kind: uint8 (5, n, c, h, w)}, labels (n,)."""
     if folder == "made":
         pixels = data.preprocess.undo(data.test).clamp(0, 1)
         mean = pixels.mean((2, 3), keepdim=True)
@@ -369,7 +368,7 @@ def read_corruptions(folder, data):
 
 
 def score_corruption(*job):
-    """Score a set, then its networks on corrupted images, levels 0 to 5: a row more."""
+    """Score a set, then its networks on corrupted images, levels 0 to 5; append both rows."""
     data, *_, args = job
     kinds, labels = read_corruptions(args.corruption, data)
     row, trained = common.score(*job)
@@ -389,7 +388,7 @@ def score_corruption(*job):
 
 
 def continual(args):
-    """Distill classes in steps, train on all so far -> a row of the accuracies after each step."""
+    """Distill classes in steps, train on all so far; append a row of the accuracy by step."""
     method = importlib.import_module(args.continual)
     flags = [f"--{method.Args.budget}={args.ipc}", *args.flags]
     options = common.parse_args(method.Args, method.PRESETS, flags)
@@ -424,7 +423,7 @@ def continual(args):
 
 
 def restrict(data, classes):
-    """The images of some classes, numbered in that order -> Dataset with its own fingerprint."""
+    """Restrict to some classes, numbered in that order -> Dataset with fingerprints of its own."""
     parts = []
     for images, labels in ((data.train, data.train_labels), (data.test, data.test_labels)):
         same = labels[:, None] == torch.tensor(classes, device=data.device)
@@ -464,11 +463,11 @@ def print_table(args):
 
 
 def paper_number(row, targets):
-    """The paper's accuracies for a row; HaBa's are found by bases, the translator's by mode."""
+    """Find the paper's accuracies for a row: HaBa's by bases, the translator's by mode."""
     settings = row.get("settings", {})
     method = row["method"].replace("k-center", "kcenter").removesuffix("_fewshot")
     method += SUFFIXES[settings.get("mode", "adapted")] + "-ds" * settings.get("down_sample", False)
-    # other objectives than mtt are not in the file
+    # targets.csv has no other objective than mtt
     method += settings.get("objective", "mtt").removeprefix("mtt")
     # the translator's network is named with and without the prefix
     prefix = "frepo-" * method.startswith("translator")
@@ -488,8 +487,6 @@ def paper_number(row, targets):
 def export(path, args):
     """Write <class>/NNN.png, grid.png, labels.csv and README.txt to the folder of --export."""
     folder = pathlib.Path(args.export)
-    if any(folder.glob("*")):
-        raise common.UserError(f"{folder} is not empty: give a new folder to --export")
     data = open_file(path, args)[0]
     images, labels, _ = training_set(path)
     images = images.to(data.device)
@@ -566,8 +563,8 @@ def parse(argv=None):
     add("--export", metavar="DIR", help="write the images of a file as PNG")
     args, files = parser.parse_known_args([] if args.continual else argv, args)
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    places = given.keys() & {"dataset", "size", "zca", "flip", "data_dir", "device"}
-    args.data = {name: given[name] for name in places}
+    places = {"dataset", "size", "zca", "flip", "data_dir", "device"}
+    args.data = {name: given[name] for name in given.keys() & places}
     if args.dataset in ("mnist", "svhn"):
         args.data["flip"] = False
     unknown = [word for word in files if word.startswith("-")]
@@ -577,16 +574,16 @@ def parse(argv=None):
     idle = given.keys() & {"protocol", "pixels", "step_size", "zca", "flip", "ipc"}
     rate = args.step_size or float(args.protocol not in ("mtt", "haba"))
     named = args.protocol and args.dataset and rate > 0
-    full = args.save and any(pathlib.Path(args.save).glob("*"))
+    full = [x for x in (args.save, args.export) if x and any(pathlib.Path(x).glob("*"))]
     mistakes = {
         f"unknown argument {' '.join(unknown)}: see --help": unknown,
         "--ipc, --runs, --steps, --orders: 1 or more; --epochs: 0 or more": least < 1,
         "nothing to do: give files, --coreset, --continual or --table": not (files or tasks),
         "--tensors need --protocol, --dataset; mtt, haba --step-size": args.tensors and not named,
-        f"no effect on files: {', '.join(idle)}": idle and not tasks,
+        f"no effect on files: {', '.join(sorted(idle))}": idle and not tasks,
         "--export takes one file": args.export and (count != 1 or args.coreset),
         "--join takes two files and more, each once": args.join and not 1 < len({*files}) == count,
-        f"{args.save} is not empty: give a new folder to --save": full,
+        f"{' '.join(full)} is not empty: give a new folder to --save, --export": full,
     }
     for mistake in filter(mistakes.get, mistakes):
         raise common.UserError(mistake)
