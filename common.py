@@ -130,7 +130,7 @@ def cli(main):
     try:
         return main()
     except KeyboardInterrupt:
-        message = "stopped: the same command continues from the last checkpoint"
+        message = "stopped: the same command continues from the last checkpoint, if there is one"
         status = 130
     except (UserError, argparse.ArgumentError, OSError, RuntimeError, MemoryError) as error:
         message = str(error).partition("\n")[0] or "out of memory"

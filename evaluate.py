@@ -61,7 +61,7 @@ def read_distilled(path):
     distilled = common.load(path, "a distilled file of these scripts", *needed)
     tensors = filter(torch.is_tensor, distilled.values())
     if distilled["method"] not in METHODS or not all(x.isfinite().all() for x in tensors):
-        raise common.UserError(f"{path}: unknown method {distilled['method']}, or NaN or infinity")
+        raise common.UserError(f"{path}: no method {distilled['method']}, or NaN, infinite values")
     return distilled | {"stem": pathlib.Path(path).stem}
 
 
@@ -149,6 +149,8 @@ def open_tensors(args):
         raise common.UserError("--pixels are 0 .. 1 or 0 .. 255, and some of these are below 0")
     if pixels:
         images = data.preprocess(images if images.max() > 2 else images * 255)
+    if not labels:
+        print(f"no labels: taken as class after class, {len(images) // count} each")
     labels, *more = labels or [torch.arange(count).repeat_interleave(len(images) // count)]
     labels = labels[:, 0] if labels.shape[1:] == (1,) else labels
     numbers = labels.argmax(1) if labels.ndim == 2 else labels
@@ -156,6 +158,8 @@ def open_tensors(args):
     if not fit or not set(numbers.tolist()) <= set(range(count)):
         shapes = f"({len(images)},) of 0 .. {count - 1}, or ({len(images)}, {count})"
         raise common.UserError(f"labels of {tuple(labels.shape)} are not {shapes}")
+    if not (images.isfinite().all() and labels.isfinite().all()):
+        raise common.UserError(f"{paths[0]}: images or labels are NaN or infinite")
     soft = labels.ndim == 2 and labels.unique().tolist() != [0, 1]
     tensors = {"images": images, "labels": labels.float() if soft else numbers.long()}
 
@@ -451,14 +455,16 @@ def print_table(args):
             if "kind" not in row:
                 kinds = [row["settings"].get(name) for name in ("mode", "objective", "scoring")]
                 key = [" ".join([row["method"], *filter(None, kinds)]), *map(row.get, names)]
-                key = (*key, json.dumps(row["settings"], sort_keys=True))
+                # of tensors and core-sets, settings do not tell which
+                origin = row["command"] * (row["iterations"] == 0)
+                key = (*key, json.dumps(row["settings"], sort_keys=True), origin)
                 ours = f"{row['accuracy']} +- {row['std']}"
                 real = f"{row['random']} +- {row['random_std']} ({row['random_per_class']})"
-                lines[key] = [*key[:6], ours, real, paper_number(row, targets)]
+                lines[key] = [*key[:8], ours, real, paper_number(row, targets)]
     except (OSError, ValueError, TypeError, KeyError):
         raise common.UserError(f"{path} is missing or has a line that is not a score") from None
-    head = "method data per_class network iterations epochs accuracy random_(per_class) paper"
-    for line in [head.split(), ["---"] * 9, *(lines[key] for key in sorted(lines))]:
+    head = "method data per_class network iterations epochs runs seed accuracy random paper"
+    for line in [head.split(), ["---"] * 11, *(lines[key] for key in sorted(lines))]:
         print("| " + " | ".join(map(str, line)) + " |")
 
 
@@ -579,7 +585,7 @@ def parse(argv=None):
         f"unknown argument {' '.join(unknown)}: see --help": unknown,
         "--ipc, --runs, --steps, --orders: 1 or more; --epochs: 0 or more": least < 1,
         "nothing to do: give files, --coreset, --continual or --table": not (files or tasks),
-        "--tensors need --protocol, --dataset; mtt, haba --step-size": args.tensors and not named,
+        "--tensors need --protocol, --dataset; mtt's also --step-size": args.tensors and not named,
         f"no effect on files: {', '.join(sorted(idle))}": idle and not tasks,
         "--export takes one file": args.export and (count != 1 or args.coreset),
         "--join takes two files and more, each once": args.join and not 1 < len({*files}) == count,

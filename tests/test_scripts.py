@@ -227,6 +227,7 @@ def test_twins(one, other, first, last):
 def test_interrupted(method, finished, call, monkeypatch):
     """Ctrl-C: one line, status 130. Continued as often as needed, a run ends as an unbroken one."""
     path, step, begun = distilled_path(method), common.Run.step, []
+    unbroken = finished(method) / path
 
     def interrupt_the_second(run, it, loss):
         begun.append(it)
@@ -243,7 +244,7 @@ def test_interrupted(method, finished, call, monkeypatch):
         begun.clear()
     for _ in range(2):  # a finished run may be repeated, too
         assert call(method)[0] == 0
-        assert_same(path, finished(method) / path)
+        assert_same(path, unbroken)
 
 
 def test_two_processes(home, call, tmp_path, monkeypatch):
