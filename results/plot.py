@@ -14,7 +14,7 @@ import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -32,7 +32,7 @@ RUNS = {
 }
 COLOR = "#0b6e99"
 GRAY = "#777777"
-COLUMNS = 3
+COLUMNS = 4
 
 
 def read_run(stem):
@@ -69,7 +69,7 @@ def label(axes, x, y, text, color, **more):
 def draw_panel(accuracy, loss, title, row, losses):
     """Accuracy over iterations above, the smoothed loss below."""
     end = row["iterations"]
-    left = max(1, losses[0, 0])
+    left = min(10, losses[0, 0])
     accuracy.set_title(title, loc="left", fontsize=10, fontweight="bold")
     if row["evaluations"]:
         accuracy.plot(*zip(*row["evaluations"], strict=True), color=COLOR, lw=1.2)
@@ -86,6 +86,7 @@ def draw_panel(accuracy, loss, title, row, losses):
     loss.plot(losses[:, 0], smooth(losses[:, 1]), color=COLOR, lw=1.2)
     loss.set(ylabel="loss", xscale="log", xlim=(left, end * 1.3), xlabel="iterations")
     loss.yaxis.set_major_locator(MaxNLocator(3))
+    loss.xaxis.set_minor_formatter(NullFormatter())
     for axes in (accuracy, loss):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
