@@ -584,14 +584,18 @@ def test_stale_adaptation(call):
 
 def test_table(tmp_path, capsys):
     """One line per job: other modes are other jobs, a repeated one replaces its line."""
-    row = dict(method="translator_fewshot", dataset="mnist", network="convnet3", best=None)
+    row = dict(method="translator_fewshot", dataset="mnist", network="convnet3", command="")
     row |= dict.fromkeys("per_class iterations epochs runs seed std random random_std".split(), 1)
     scores = [("one-net", 30), ("bilevel", 40), ("one-net", 50)]
     rows = [row | dict(settings={"mode": m}, accuracy=a, random_per_class=1) for m, a in scores]
+    # tensors of others, whose settings are equal
+    rows += [rows[0] | {"iterations": 0, "command": f"--tensors {x}"} for x in ("i.pt", "j.pt")]
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluate.main(["--table", "--out", str(tmp_path)])
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [line[0].split()[-1] + line[6] for line in lines] == ["bilevel40 +- 1", "one-net50 +- 1"]
+    found = [f"{line[0].split()[-1]} {line[4]} {line[8]}" for line in lines]
+    tensors = ["one-net 0 30 +- 1"] * 2
+    assert found == ["bilevel 1 40 +- 1", *tensors, "one-net 1 50 +- 1"]
 
 
 def test_paper_number():
