@@ -300,7 +300,8 @@ def read_folder(folder, args):
         raise UserError(f"{folder}: train/ and test/ (or val/) need the same classes ({found})")
     paths, labels = zip(*train, *listed[same[0]][1], strict=True)
     # a cache is of the path, size and change time of each file
-    states = [(os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_ctime_ns) for p in paths]
+    files = zip(paths, map(os.stat, paths), strict=True)
+    states = [(os.path.abspath(path), stat.st_size, stat.st_ctime_ns) for path, stat in files]
     cache = pathlib.Path(args.data_dir) / ".cache" / f"images_{hash_int(args.size, states):016x}.pt"
     if not cache.exists():
         save(to_pixels(map(open_image, paths), args.size), cache)

@@ -227,9 +227,10 @@ def select(kind, data, args):
         common.save(learn_features(data, args), path)
     all_features, forgotten = (x.to(data.device) for x in common.load(path, "a cache"))
     chosen = []
-    for c in range(len(data.classes)):
-        index = (data.train_labels == c).nonzero()[:, 0]
+    for index in data.indices_by_class:
+        index = index[index >= 0]
         features = all_features[index]
+        center = features.mean(0)
         cost = -forgotten[index]
         best = []
         for k in range(args.ipc):
@@ -237,7 +238,7 @@ def select(kind, data, args):
                 cost = -torch.cdist(features, features[best]).amin(1)
             elif kind != "forgetting":
                 means = (features[best].sum(0) + features) / (k + 1)
-                cost = (means - features.mean(0)).norm(dim=1)
+                cost = (means - center).norm(dim=1)
             cost[best] = torch.inf
             best.append(cost.argmin().item())
         chosen.append(data.train[index[best]])
