@@ -13,7 +13,6 @@ import csv
 import functools
 import importlib
 import itertools
-import json
 import math
 import pathlib
 import re
@@ -438,57 +437,7 @@ def restrict(data, classes):
     return common.Dataset(data.name, names, *parts, data.preprocess, *prints, data.flip)
 
 
-# ------------------------------------------------------------ table, pictures, command line
-
-SUFFIXES = {"adapted": "", "one-net": "-1net", "scratch": "-wo-pretrain", "autoencoder": "-ae"}
-SUFFIXES |= {"no-adaptation": "-wo-ada", "bilevel": "-bilevel", "baseline": "-baseline"}
-
-
-def print_table(args):
-    """Print the scores of OUT/results.jsonl as Markdown; of equal settings the last one counts."""
-    path = pathlib.Path(args.out) / "results.jsonl"
-    targets = pathlib.Path(__file__).parent / "results" / "targets.csv"
-    targets = list(csv.DictReader(targets.open())) if targets.exists() else []
-    names = ("dataset", "per_class", "network", "iterations", "epochs", "runs", "seed")
-    lines = {}
-    try:
-        for row in map(json.loads, path.read_text().splitlines()):
-            if "kind" not in row:
-                kinds = [row["settings"].get(name) for name in ("mode", "objective", "scoring")]
-                key = [" ".join([row["method"], *filter(None, kinds)]), *map(row.get, names)]
-                # of tensors and core-sets, settings do not tell which
-                origin = row["command"] * (row["iterations"] == 0)
-                key = (*key, json.dumps(row["settings"], sort_keys=True), origin)
-                ours = f"{row['accuracy']} +- {row['std']}"
-                real = f"{row['random']} +- {row['random_std']} ({row['random_per_class']})"
-                lines[key] = [*key[:8], ours, real, paper_number(row, targets)]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise common.UserError(f"{path} is missing or has a line that is not a score") from None
-    head = "method data per_class network iterations epochs runs seed accuracy random paper"
-    for line in [head.split(), ["---"] * 11, *(lines[key] for key in sorted(lines))]:
-        print("| " + " | ".join(map(str, line)) + " |")
-
-
-def paper_number(row, targets):
-    """Find the paper's accuracies for a row: HaBa's by bases, the translator's by mode."""
-    settings = row.get("settings", {})
-    method = row["method"].replace("k-center", "kcenter").removesuffix("_fewshot")
-    method += SUFFIXES[settings.get("mode", "adapted")] + "-ds" * settings.get("down_sample", False)
-    # targets.csv has no other objective than mtt
-    method += settings.get("objective", "mtt").removeprefix("mtt")
-    # the translator's network is named with and without the prefix
-    prefix = "frepo-" * method.startswith("translator")
-    gray = settings.get("basis_channels") == 1 and "mnist" not in row["dataset"]
-    budget = f"{row['per_class']}{' one-channel bases' * gray}"
-    ours = (method, row["dataset"], budget, row["network"].removeprefix(prefix))
-    found = []
-    for target in targets:
-        bases = re.findall(r"\d+ one-channel bases|(?<=BPC )\d+", target["source"])
-        *_, budget = [target["images_per_class"], *bases]
-        network = target["network"].removeprefix(prefix)
-        if ours == (target["method"], target["dataset"], budget, network):
-            found.append(f"{target['mean']} +- {target['std']} ({target['source']})")
-    return "; ".join(found)
+# ------------------------------------------------------------ pictures, command line
 
 
 def export(path, args):
@@ -545,7 +494,6 @@ def parse(argv=None):
     add("--orders", type=int, default=5, help="class orders of --continual (5)")
     add("--ipc", type=int, default=10, help="images per class for --coreset, --continual (10)")
     add("--out", default="out", help="folder of results.jsonl (out)")
-    add("--table", action="store_true", help="print OUT/results.jsonl as Markdown")
     args, flags = parser.parse_known_args(argv)
     # with --continual, the flags below are those of its method
     add("--help", action="help", help="print this")
@@ -577,7 +525,7 @@ def parse(argv=None):
     unknown = [word for word in files if word.startswith("-")]
     count = len(files) + bool(args.tensors)
     least = min(args.ipc, args.runs, args.steps, args.orders, 1 + min(args.epochs))
-    tasks = given.keys() & {"coreset", "continual", "tensors", "table"}
+    tasks = given.keys() & {"coreset", "continual", "tensors"}
     idle = given.keys() & {"protocol", "pixels", "step_size", "zca", "flip", "ipc"}
     rate = args.step_size or float(args.protocol not in ("mtt", "haba"))
     named = args.protocol and args.dataset and rate > 0
@@ -585,7 +533,7 @@ def parse(argv=None):
     mistakes = {
         f"unknown argument {' '.join(unknown)}: see --help": unknown,
         "--ipc, --runs, --steps, --orders: 1 or more; --epochs: 0 or more": least < 1,
-        "nothing to do: give files, --coreset, --continual or --table": not (files or tasks),
+        "nothing to do: give files, --tensors, --coreset or --continual": not (files or tasks),
         "--tensors need --protocol, --dataset; mtt's also --step-size": args.tensors and not named,
         f"no effect on files: {', '.join(sorted(idle))}": idle and not tasks,
         "--export takes one file": args.export and (count != 1 or args.coreset),
@@ -612,8 +560,6 @@ def main(argv=None):
             _, trained = score(*job)
             if args.save:
                 save_networks(args.save, job, trained)
-    if args.table:
-        print_table(args)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import table  # noqa: E402
+
 import evaluate  # noqa: E402
 
 RUNS = {
@@ -46,8 +48,7 @@ def read_run(stem):
     row = max(rows, key=lambda row: row["runs"] * row["epochs"])
     with (HERE / f"{stem}.csv").open() as file:
         losses = [(int(line["iteration"]), float(line["loss"])) for line in csv.DictReader(file)]
-    with (HERE / "targets.csv").open() as file:
-        paper = evaluate.paper_number(row, list(csv.DictReader(file)))
+    paper = table.paper_number(row)
     row["paper"] = float(paper.split()[0]) if paper else None
     row["evaluations"] = distilled["evaluations"]
     return row, np.array(losses), images

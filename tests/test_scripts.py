@@ -27,6 +27,7 @@ import common
 import evaluate
 import frepo
 import mtt
+from results import table
 
 EXPERT = "--eval-every 2 --experts 1 --max-start 1 --expert-epochs 1 --student-steps 2"
 FLAGS = {
@@ -522,7 +523,6 @@ evaluate DM DM --join > --join once
 evaluate DM --save out > out --save
 evaluate DM --step-size 3 > step_size
 mtt --step-size 0 --out other > --step-size
-evaluate --table --out empty > results.jsonl
 """
 
 
@@ -591,7 +591,8 @@ def test_table(tmp_path, capsys):
     # tensors of others, whose settings are equal
     rows += [rows[0] | {"iterations": 0, "command": f"--tensors {x}"} for x in ("i.pt", "j.pt")]
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    evaluate.main(["--table", "--out", str(tmp_path)])
+    assert table.main([str(tmp_path / "nowhere")]) == 2 and "missing" in capsys.readouterr().err
+    assert not table.main([str(tmp_path)])
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     found = [f"{line[0].split()[-1]} {line[4]} {line[8]}" for line in lines]
     tensors = ["one-net 0 30 +- 1"] * 2
@@ -600,11 +601,9 @@ def test_table(tmp_path, capsys):
 
 def test_paper_number():
     """HaBa's bases of one channel have a number of their own."""
-    with (ROOT / "results/targets.csv").open() as file:
-        targets = list(csv.DictReader(file))
     row = {"method": "haba", "dataset": "cifar10", "network": "convnet3"}
     numbers = {(1, 0): ["48.3"], (1, 3): ["48.3"], (3, 1): ["55.66"], (1, 1): [], (9, 0): ["69.9"]}
     for (bpc, channels), means in numbers.items():
         row |= {"per_class": bpc, "settings": {"objective": "mtt", "basis_channels": channels}}
-        found = evaluate.paper_number(row, targets)
+        found = table.paper_number(row)
         assert re.findall(r"([\d.]+) \+- ", found) == means
