@@ -299,12 +299,15 @@ def read_folder(folder, args):
         found = ", ".join(sorted(differ)[:5]) or "one class only"
         raise UserError(f"{folder}: train/ and test/ (or val/) need the same classes ({found})")
     paths, labels = zip(*train, *listed[same[0]][1], strict=True)
+    mode = "L" if folder.name in ("mnist", "fashionmnist") else "RGB"
     # a cache is of the path, size and change time of each file
     files = zip(paths, map(os.stat, paths), strict=True)
     states = [(os.path.abspath(path), stat.st_size, stat.st_ctime_ns) for path, stat in files]
-    cache = pathlib.Path(args.data_dir) / ".cache" / f"images_{hash_int(args.size, states):016x}.pt"
+    key = hash_int(args.size, mode, states)
+    cache = pathlib.Path(args.data_dir) / ".cache" / f"images_{key:016x}.pt"
     if not cache.exists():
-        save(to_pixels(map(open_image, paths), args.size), cache)
+        images = (open_image(path).convert(mode) for path in paths)
+        save(to_pixels(images, args.size), cache)
     tensors = (load(cache, "a cache"), torch.tensor(labels))
     arrays = [tensor.tensor_split([len(train)]) for tensor in tensors]
     return list(zip(*arrays, strict=True)), classes, f"{folder}/train and {same[0]}"
@@ -718,7 +721,7 @@ def load(path, what, *keys):
     """torch.load(weights_only=True) onto the CPU; `keys` must be in the file. Raises UserError."""
     try:
         content = torch.load(path, "cpu", weights_only=True)
-        return content if not keys else {key: content[key] for key in {*keys, *content}}
+        return content if not keys else {key: content[key] for key in (*content, *keys)}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of {what}") from None
     except Exception:

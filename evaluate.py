@@ -67,6 +67,7 @@ def read_distilled(path):
 def decode(distilled, device="cpu"):
     """All images of a distilled file (V, n, c, h, w), labels (n,) or soft (n, C)."""
     images = distilled.get("images", torch.empty(0))
+    # others' images by HaBa's or KFS's protocol have no codes to decode
     name = "dm" if list(images.shape[1:]) == distilled["shape"] else distilled["method"]
     return importlib.import_module(name).decode(distilled, device)
 
@@ -320,11 +321,11 @@ def adapt_to_small_images(net, channels):
     return net
 
 
-def save_networks(folder, job, trained):
+def save_networks(folder, job, row, trained):
     """Write networks with all that `classify` needs: STEM_NETWORK_EPOCHS_seedSEED_K.pt."""
-    data, distilled, *_, args = job
+    data, distilled, *_ = job
     for k, (net, accuracy) in enumerate(trained):
-        name = f"{distilled['stem']}_{net.kind}_{args.epochs}_seed{args.seed}_{k}.pt"
+        name = f"{distilled['stem']}_{net.kind}_{row['epochs']}_seed{row['seed']}_{k}.pt"
         path = pathlib.Path(folder) / name
         content = {"network": net.kind, "classes": data.classes, "shape": list(data.shape)}
         content |= {"preprocess": vars(data.preprocess), "weights": net.state_dict()}
@@ -506,7 +507,7 @@ def parse(argv=None):
     add("--tensors", nargs="+", metavar="X", help="others' images, labels: .pt, .npy, a folder")
     add("--protocol", choices=METHODS, help="whose protocol --tensors are for")
     add("--pixels", action="store_true", help="--tensors are 0 .. 1 or 0 .. 255, not preprocessed")
-    add("--zca", action="store_true", help="--tensors, --coreset: whitened")
+    add("--zca", action=argparse.BooleanOptionalAction, help="--tensors, --coreset: whitened")
     add("--no-flip", dest="flip", action="store_false", help="--tensors, --coreset: no mirroring")
     add("--step-size", type=float, help="learning rate of networks on --tensors")
     add("--dataset", help="data set (that of the file, else glyphs)")
@@ -520,7 +521,7 @@ def parse(argv=None):
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     places = {"dataset", "size", "zca", "flip", "data_dir", "device"}
     args.data = {name: given[name] for name in given.keys() & places}
-    if args.dataset in ("mnist", "svhn"):
+    if pathlib.Path(args.dataset or "").name in ("mnist", "svhn"):
         args.data["flip"] = False
     unknown = [word for word in files if word.startswith("-")]
     count = len(files) + bool(args.tensors)
@@ -529,6 +530,7 @@ def parse(argv=None):
     idle = given.keys() & {"protocol", "pixels", "step_size", "zca", "flip", "ipc"}
     rate = args.step_size or float(args.protocol not in ("mtt", "haba"))
     named = args.protocol and args.dataset and rate > 0
+    stems = files if args.join else {pathlib.Path(file).stem for file in files}
     full = [x for x in (args.save, args.export) if x and any(pathlib.Path(x).glob("*"))]
     mistakes = {
         f"unknown argument {' '.join(unknown)}: see --help": unknown,
@@ -538,6 +540,7 @@ def parse(argv=None):
         f"no effect on files: {', '.join(sorted(idle))}": idle and not tasks,
         "--export takes one file": args.export and (count != 1 or args.coreset),
         "--join takes two files and more, each once": args.join and not 1 < len({*files}) == count,
+        "--save: files of one name: give one at a time": args.save and len(stems) < len(files),
         f"{' '.join(full)} is not empty: give a new folder to --save, --export": full,
     }
     for mistake in filter(mistakes.get, mistakes):
@@ -557,9 +560,9 @@ def main(argv=None):
     else:
         score = score_corruption if args.corruption else common.score
         for job in list(jobs(args)):
-            _, trained = score(*job)
+            row, trained = score(*job)
             if args.save:
-                save_networks(args.save, job, trained)
+                save_networks(args.save, job, row, trained)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ PRESETS["mtt"] |= {("svhn", bpc): PRESETS["mtt"]["cifar10", bpc] for bpc in (1, 
 
 
 class Hallucinator(nn.Module):
-    """Encoder, scale sigma, shift mu, decoder (Eq. 2): bases (b, c', h, w) -> images (b, c, h, w).
+    """Encoder, scale sigma, shift mu, decoder (Eq. 2): (b, c', h, w) -> (b, c, h, w).
 
     Depths 0 to 3 have 6,144, 6,312, 10,963, 16,131 parameters at 3x32x32 (supplement Tab. 3). Ours:
     each block doubles the width; no ReLU at the end, as inputs are signed (authors: no ReLU).
@@ -166,8 +166,9 @@ class FactorizedSet(nn.Module):
 
 
 def contrastive_loss(features, labels, temperature=0.07):
-    """L_con of features (n, d), labels (n,) as in the authors' code: SupCon (Eq. 3: half of it)."""
-    # features of length 1; positives: of the class (Eq. 3: the basis); denominator: all others
+    """Compute L_con (Eq. 3, its supervised form) of features (n, d), labels (n,)."""
+    # as in the authors' code: features of length 1, and a mean over images (Eq. 3: 1 / |H|^2);
+    # positives: of the class (Eq. 3: the basis); denominator: all others (Eq. 3: hallucinator k's)
     x = F.normalize(features)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     log_p = (x @ x.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
@@ -265,12 +266,11 @@ def graphed_gradient(net, shape, create_graph):
 
 
 def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
-    """Compute the loss of a student of `steps` steps, and its gradient (HaBa Eq. 7, survey Eq. 30).
+    """Compute survey Eq. 30 (HaBa Eq. 7) for N = `steps` student steps, and its gradient.
 
-    start, target (P,): an expert's segment; batch(n): images and labels of step n, in each call the
-    same, whose leaves collect their gradient. -> loss, gradient of alpha, the step size (0-d).
-    Backpropagation by hand, in bounded memory: the last `kept` steps keep their graphs (on a GPU
-    none), the others are computed again.
+    start, target (P,): theta*_t, theta*_{t+M}; batch(n): images and labels of step n, the same in
+    each call; their leaves collect gradients. -> loss, gradient of alpha, the step size (0-d).
+    The last `kept` steps (on a GPU none) keep their graphs, the others are computed again.
     """
     alpha = step_size.detach()
     student = start
@@ -305,7 +305,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
 
 
 def distill(data, args, path):
-    """Factorize `data` (supplement Alg. 1) -> content of the file, or None."""
+    """Factorize `data` (supplement Alg. 1) -> content of the file; None if iterations are 0."""
     mtt = args.objective == "mtt"
     if mtt and args.iterations == 0:
         load_experts(data, args, {})
@@ -372,7 +372,7 @@ def distill(data, args, path):
         step_size.clamp_(min=0.001)
         step_size.masked_fill_(step_size > 100 * args.step_size, torch.nan)
 
-        # L_F (Eq. 4; lines 13, 14): the same pair, hallucinated anew (authors' code: a new pair)
+        # L_F (Eq. 4; lines 13, 14) of the pair (authors: of a new pair, plus 0.1 (1 - cos) / 2)
         if use_adversary:
             images, labels = hallucinate_pair(factors, data, args, it)
             features = adversary.features(images.detach())

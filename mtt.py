@@ -151,12 +151,11 @@ def graphed_gradient(net, shape, create_graph):
 
 
 def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
-    """Compute the loss of a student of `steps` steps, and its gradient (HaBa Eq. 7, survey Eq. 30).
+    """Compute survey Eq. 30 (HaBa Eq. 7) for N = `steps` student steps, and its gradient.
 
-    start, target (P,): an expert's segment; batch(n): images and labels of step n, in each call the
-    same, whose leaves collect their gradient. -> loss, gradient of alpha, the step size (0-d).
-    Backpropagation by hand, in bounded memory: the last `kept` steps keep their graphs (on a GPU
-    none), the others are computed again.
+    start, target (P,): theta*_t, theta*_{t+M}; batch(n): images and labels of step n, the same in
+    each call; their leaves collect gradients. -> loss, gradient of alpha, the step size (0-d).
+    The last `kept` steps (on a GPU none) keep their graphs, the others are computed again.
     """
     alpha = step_size.detach()
     student = start

@@ -328,7 +328,7 @@ def reconstruction_loss(translator, data, args, i):
 
 
 def bilevel_loss(theta, net, data, args, i, alpha=0.002):
-    """Compute the loss of Alg. 1, lines 3 to 13: T steps in theta, then Eq. 2 in a random network.
+    """Compute Alg. 1's loss (lines 3 to 13): T steps in theta, then Eq. 2 in a random network.
 
     One graph holds all steps: memory grows with T. Table 1's alpha, 1e-3 on a sum over m images, is
     0.002 m on half the mean. Here m = batch_real (line 4: all images).

@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import pathlib
+import re
 import sys
 
 import matplotlib.pyplot as plt
@@ -38,14 +39,18 @@ COLUMNS = 4
 
 
 def read_run(stem):
-    """The last score of a distilled file by its own protocol -> row, losses (n, 2), storage."""
+    """The score of a file by its own protocol -> row, losses (n, 2), storage in images."""
     distilled = evaluate.read_distilled(HERE / f"{stem}.pt")
     images = distilled["stored_per_class"] / np.prod(distilled["shape"])
     rows = map(json.loads, (HERE / "results.jsonl").read_text().splitlines())
     same = ("method", "dataset", "per_class", "iterations", "settings")
-    rows = [row for row in rows if all(row.get(name) == distilled[name] for name in same)]
-    rows = [row for row in rows if "convnet" in row["network"] and "kind" not in row]
-    row = max(rows, key=lambda row: row["runs"] * row["epochs"])
+    # as in JSON, where tuples are lists
+    ours = json.loads(json.dumps({name: distilled[name] for name in same}))
+    rows = [row for row in rows if all(row.get(name) == ours[name] for name in same)]
+    # a file may have been scored in other networks or with other epochs, too
+    rows = [row for row in rows if not re.search("--(network|epochs|corr)", row["command"])]
+    # the last one of those with the most networks
+    row = max(reversed(rows), key=lambda row: row["runs"])
     with (HERE / f"{stem}.csv").open() as file:
         losses = [(int(line["iteration"]), float(line["loss"])) for line in csv.DictReader(file)]
     paper = table.paper_number(row)

@@ -2,7 +2,8 @@
 
     python results/table.py out
 
-Of rows with the same settings the last one counts. The papers' numbers are in targets.csv.
+Of rows with the same settings the last one counts. The papers' numbers (targets.csv) are those of
+the full method, beside ablations, too.
 """
 
 import csv
@@ -15,7 +16,7 @@ TARGETS = pathlib.Path(__file__).parent / "targets.csv"
 # Names of the translator's modes in targets.csv
 SUFFIXES = {"adapted": "", "one-net": "-1net", "scratch": "-wo-pretrain", "autoencoder": "-ae"}
 SUFFIXES |= {"no-adaptation": "-wo-ada", "bilevel": "-bilevel", "baseline": "-baseline"}
-HEAD = "method data per_class network iterations epochs runs seed accuracy random paper"
+HEAD = "method data per_class network iterations epochs runs seed accuracy random paper command"
 
 
 def paper_number(row):
@@ -55,7 +56,7 @@ def read_scores(path):
         key = (*cells, json.dumps(settings, sort_keys=True), origin)
         ours = f"{row['accuracy']} +- {row['std']}"
         real = f"{row['random']} +- {row['random_std']} ({row['random_per_class']})"
-        lines[key] = [*cells, ours, real, paper_number(row)]
+        lines[key] = [*cells, ours, real, paper_number(row), row["command"]]
     return lines
 
 
@@ -66,7 +67,7 @@ def main(words):
     except (OSError, ValueError, TypeError, KeyError):
         print(f"table.py: {path} is missing or has a line that is not a score", file=sys.stderr)
         return 2
-    for line in [HEAD.split(), ["---"] * 11, *(lines[key] for key in sorted(lines))]:
+    for line in [HEAD.split(), ["---"] * 12, *(lines[key] for key in sorted(lines))]:
         print("| " + " | ".join(map(str, line)) + " |")
 
 

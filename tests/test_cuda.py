@@ -26,12 +26,7 @@ PLACE = torch.device("cuda")
 def sync_debug_mode():
     """A failed iteration leaves no mode behind for the tests that follow."""
     yield
-    wait_is("default")
-
-
-def wait_is(mode):
-    if PLACE.type == "cuda":
-        torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.set_sync_debug_mode("default")
 
 
 def compute(device, data):
@@ -69,17 +64,17 @@ class Run(common.Run):
     def restore(self, state, *rest):
         self.images = next(state[name] for name in ("images", "codes", "factors") if name in state)
         super().restore(state, *rest)
-        wait_is("error")
+        torch.cuda.set_sync_debug_mode("error")
 
     def step(self, it, loss):
-        wait_is("default")
+        torch.cuda.set_sync_debug_mode("default")
         self.saved = 0
         super().step(it, loss)
         if it == 0:
             Run.first = getattr(self.images, "bases", self.images).detach().cpu().clone()
         if it == 1 and self.start == 0 and self.path.stem == "broken":
             raise KeyboardInterrupt
-        wait_is("error" if it + 1 < self.steps else "default")
+        torch.cuda.set_sync_debug_mode("error" if it + 1 < self.steps else "default")
 
 
 @pytest.mark.parametrize("method", SETTINGS)

@@ -188,7 +188,7 @@ def test_known_name(folder, tmp_path):
 class Numbers:
     """A data set of torchvision: digits of 28x28 that come in no order."""
 
-    classes = ["zero", "one"]
+    classes = ["0 - zero", "1 - one"]
 
     def __init__(self, root, train, download):
         self.images = [Image.fromarray(noise(i + 10 * train, 28, 28)) for i in range(4)]
@@ -206,6 +206,13 @@ def test_download(tmp_path, monkeypatch):
     assert torch.equal(train, torch.stack([pil_to_tensor(image) for image in order]))
     assert labels.tolist() == [0, 0, 1, 1] and train.shape == (4, 1, 28, 28)
     assert load(size=16, **settings).shape == (1, 16, 16)
+    downloaded = load(**settings)
+    for split in ("train", "test"):
+        for i, (image, label) in enumerate(Numbers(None, split == "train", True)):
+            path = tmp_path / "mnist" / split / Numbers.classes[label] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    assert load(**settings).fingerprint == downloaded.fingerprint
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])

@@ -159,22 +159,6 @@ def test_run(method, finished, call):
 
 
 @METHODS
-def test_readme(method, finished, home, call, tmp_path, capsys):
-    """The README's snippets work on the file of each method."""
-    text = (ROOT / "README.md").read_text()
-    (tmp_path / "data").symlink_to(home.parent)
-    path = finished(method) / distilled_path(method)
-    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save("mine.png")
-    assert call("evaluate", path, "--runs", "1", "--save", "nets")[0] == 0
-    (network,) = pathlib.Path("nets").iterdir()
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        capsys.readouterr()
-        block = re.sub(r'"out/[^"\n]*\.pt"', lambda _: repr(str(path)), block)
-        exec(re.sub(r'"nets/[^"\n]*\.pt"', lambda _: repr(str(network)), block), {})
-        assert capsys.readouterr().out
-
-
-@METHODS
 def test_copied_alone(method, home, tmp_path, monkeypatch):
     """Under another name, with common.py alone in an empty folder, a script runs."""
     source, ours = (ROOT / f"{method}.py").read_text(), {path.stem for path in ROOT.glob("*.py")}
@@ -312,9 +296,8 @@ def test_continual(method, home, call, tmp_path):
     flags = [*flags.split(), *FLAGS[method].split(), "--iterations"]
     assert call("evaluate", *flags, 1)[0] == 0
     (row,) = (row for row in map(json.loads, open("out/results.jsonl")) if "kind" in row)
-    assert (
-        row["classes_seen"] == [2, 4] and len(row["accuracy"]) == 2 and not row["settings"]["flip"]
-    )
+    assert row["classes_seen"] == [2, 4] and len(row["accuracy"]) == 2
+    assert not row["settings"]["flip"]
     folder = f"out/continual_{method}_four_1_2steps"
     first, second = (load(f"{folder}/order0_step{i}.pt") for i in range(2))
     order = [["ant", "bee", "cat", "dog"][c] for c in np.random.RandomState(0).permutation(4)]
@@ -326,10 +309,8 @@ def test_continual(method, home, call, tmp_path):
         assert status == 2 and "differs in inputs" in err.splitlines()[-1]
 
 
-def test_restrict(home):
+def test_restrict(data):
     """Some classes, numbered in the order given."""
-    place = {"dataset": str(home), "data_dir": str(home.parent), "device": "cpu"}
-    data = evaluate.load_data(common, **place)
     part = evaluate.restrict(data, np.array([2, 0]))
     assert part.classes == ["cat", "ant"] and part.fingerprint != data.fingerprint
     for number, c in enumerate((2, 0)):
@@ -342,11 +323,9 @@ def test_tensors_that_do_not_fit(finished, home, call):
     whitened, *_ = evaluate.training_set(distilled_path("dm"))
     images, labels, _ = evaluate.training_set(finished("dm") / distilled_path("dm"))
     flags = tensor_flags(home)
-    for tensor, more, far in (
-        (images * 9 + 40, [], 1),
-        (whitened, [], 1),
-        (whitened, ["--zca"], 0),
-    ):
+    cases = [(images * 9 + 40, [], 1), (whitened, [], 1), (whitened, ["--zca"], 0)]
+    frepo = ["--protocol", "frepo"]
+    for tensor, more, far in cases + [(images, frepo, 1), (images, [*frepo, "--no-zca"], 0)]:
         torch.save(tensor, "i.pt")
         assert call("evaluate", *flags, *more)[0] == 0 and ("far apart" in call.out) == far
     torch.save([images, labels[:, None]], "i.pt")
@@ -407,7 +386,7 @@ def test_clipped_pictures(finished, call):
 
 
 @METHODS
-def test_train_network(method, finished, home, call):
+def test_train_network(method, finished, home, call, tmp_path, capsys):
     """train_network is the first network of a score; --save writes it; classify agrees with it."""
     path = finished(method) / distilled_path(method)
     place = {"data_dir": str(home.parent), "device": "cpu"}
@@ -416,6 +395,7 @@ def test_train_network(method, finished, home, call):
     assert round(accuracy, 2) == row["accuracy"]
     call("evaluate", path, "--save", "nets", "--network", "convnet", "resnet10")
     first, other = sorted(os.listdir("nets"))
+    assert first == f"{path.stem}_{load(f'nets/{first}')['network']}_2_seed0_0.pt"
     pictures = sorted(home.glob("test/*/*"))
     for file, name in ((first, "convnet"), (other, "resnet10")):
         stored = load(f"nets/{file}")
@@ -423,6 +403,14 @@ def test_train_network(method, finished, home, call):
         right = [found == path.parent.name for found, path in zip(found, pictures, strict=True)]
         assert stored["network"].startswith(name)
         assert stored["accuracy"] == pytest.approx(100 * np.mean(right))
+    # the README's snippets
+    (tmp_path / "data").symlink_to(home.parent)
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save("mine.png")
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        capsys.readouterr()
+        block = re.sub(r'"out/[^"\n]*\.pt"', lambda _: repr(str(path)), block)
+        exec(re.sub(r'"nets/[^"\n]*\.pt"', lambda _: repr(f"nets/{first}"), block), {})
+        assert capsys.readouterr().out
 
 
 def test_join(finished, call):
@@ -506,7 +494,6 @@ translator_fewshot --mode adapted --translator DM > DM
 evaluate > nothing
 evaluate nowhere.pt > nowhere.pt
 evaluate out/dm_tiny_ipc1.ckpt > dm_tiny_ipc1.ckpt distilled
-evaluate DM --network perceptron > perceptron
 evaluate DM --network vit_b_16 > vit_b_16
 evaluate DM --dataset glyphs > DM glyphs
 evaluate DM --corruption nowhere > nowhere
@@ -517,11 +504,11 @@ evaluate --continual dm --dataset TINY --steps 2 > --steps 1 at most
 evaluate --continual mtt --dataset TINY --steps 1 --iterations 0 > --iterations 1 or more
 evaluate --continual dm --dataset TINY --steps 1 --network vgg11 > --network
 evaluate DM DM --export images > --export
-evaluate DM --zca > zca
 evaluate DM --join > --join two
 evaluate DM DM --join > --join once
 evaluate DM --save out > out --save
-evaluate DM --step-size 3 > step_size
+evaluate DM DM --save nets > --save one name
+evaluate DM --no-zca > zca
 mtt --step-size 0 --out other > --step-size
 """
 
