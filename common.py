@@ -627,7 +627,7 @@ def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
     optimizer = protocol.optimizer(net.parameters(), weight_decay=protocol.weight_decay)
     if labels.ndim == 1:
         labels = protocol.soft_labels(labels, len(data.classes))
-    for epoch in progress(range(protocol.length(len(labels))), "training epochs"):
+    for epoch in progress(range(protocol.length(len(labels))), f"network {k}, epochs"):
         optimizer.param_groups[0]["lr"] = protocol.rate(epoch, len(labels))
         train_epoch(net, optimizer, data, images, labels, protocol, *key, epoch)
     if not all(p.isfinite().all() for p in net.parameters()):
