@@ -78,7 +78,7 @@ def draw_panel(accuracy, loss, title, row, losses):
     left = min(10, losses[0, 0])
     accuracy.set_title(title, loc="left", fontsize=10, fontweight="bold")
     if row["evaluations"]:
-        accuracy.plot(*zip(*row["evaluations"], strict=True), color=COLOR, lw=1.2)
+        accuracy.plot(*zip(*row["evaluations"], strict=True), ".-", color=COLOR, lw=1.2, ms=4)
     accuracy.errorbar(end, row["accuracy"], row["std"], fmt="o", color=COLOR, ms=4, capsize=2)
     label(accuracy, end, row["accuracy"] + row["std"], f"{row['accuracy']:.1f}", COLOR, ha="right")
     if row["paper"]:
