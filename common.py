@@ -299,15 +299,14 @@ def read_folder(folder, args):
         found = ", ".join(sorted(differ)[:5]) or "one class only"
         raise UserError(f"{folder}: train/ and test/ (or val/) need the same classes ({found})")
     paths, labels = zip(*train, *listed[same[0]][1], strict=True)
-    mode = "L" if folder.name in ("mnist", "fashionmnist") else "RGB"
+    channels = len(STATS.get(folder.name, STATS["cifar10"])[1])
     # a cache is of the path, size and change time of each file
     files = zip(paths, map(os.stat, paths), strict=True)
     states = [(os.path.abspath(path), stat.st_size, stat.st_ctime_ns) for path, stat in files]
-    key = hash_int(args.size, mode, states)
+    key = hash_int(args.size, channels, states)
     cache = pathlib.Path(args.data_dir) / ".cache" / f"images_{key:016x}.pt"
     if not cache.exists():
-        images = (open_image(path).convert(mode) for path in paths)
-        save(to_pixels(images, args.size), cache)
+        save(to_pixels((open_image(path, channels) for path in paths), args.size), cache)
     tensors = (load(cache, "a cache"), torch.tensor(labels))
     arrays = [tensor.tensor_split([len(train)]) for tensor in tensors]
     return list(zip(*arrays, strict=True)), classes, f"{folder}/train and {same[0]}"
@@ -326,8 +325,8 @@ def list_images(folder):
     return classes, make_dataset(folder, numbers, is_valid_file=is_picture) if classes else []
 
 
-def open_image(path):
-    """Open an image as a viewer shows it, in RGB. Raises ValueError if that is ambiguous."""
+def open_image(path, channels=3):
+    """Open an image as viewers show it, in RGB or gray. Raises ValueError if that is ambiguous."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -340,7 +339,7 @@ def open_image(path):
     clear = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
     if several or clear or image.mode in ("I", "F"):
         raise ValueError(f"{path} has several frames, transparent pixels or 32 bits: use 8-bit RGB")
-    return image.convert("RGB")
+    return image.convert("RGB").convert("L" if channels == 1 else "RGB")
 
 
 def to_pixels(images, size):

@@ -201,9 +201,7 @@ def read_tensors(path, data):
 
 def read_pictures(paths, shape):
     """Read pictures as pixels (n, c, h, w) of shape (c, h, w): cropped, resized, gray if c = 1."""
-    mode = "L" if shape[0] == 1 else "RGB"
-    pictures = (common.open_image(path).convert(mode) for path in paths)
-    return common.to_pixels(pictures, shape[1])
+    return common.to_pixels((common.open_image(path, shape[0]) for path in paths), shape[1])
 
 
 def open_coreset(kind, args):

@@ -305,7 +305,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
 
 
 def distill(data, args, path):
-    """Factorize `data` (supplement Alg. 1) -> content of the file; None if iterations are 0."""
+    """Factorize `data` (supplement Alg. 1) -> content of the file; None: experts only."""
     mtt = args.objective == "mtt"
     if mtt and args.iterations == 0:
         load_experts(data, args, {})

@@ -12,7 +12,7 @@ import pathlib
 import re
 import sys
 
-TARGETS = pathlib.Path(__file__).parent / "targets.csv"
+TARGETS = (pathlib.Path(__file__).parent / "targets.csv").read_text()
 # Names of the translator's modes in targets.csv
 SUFFIXES = {"adapted": "", "one-net": "-1net", "scratch": "-wo-pretrain", "autoencoder": "-ae"}
 SUFFIXES |= {"no-adaptation": "-wo-ada", "bilevel": "-bilevel", "baseline": "-baseline"}
@@ -32,7 +32,7 @@ def paper_number(row):
     budget = f"{row['per_class']}{' one-channel bases' * gray}"
     ours = (method, row["dataset"], budget, row["network"].removeprefix(prefix))
     found = []
-    for target in csv.DictReader(TARGETS.open()):
+    for target in csv.DictReader(TARGETS.splitlines()):
         bases = re.findall(r"\d+ one-channel bases|(?<=BPC )\d+", target["source"])
         *_, budget = [target["images_per_class"], *bases]
         network = target["network"].removeprefix(prefix)
@@ -45,7 +45,8 @@ def read_scores(path):
     """Read a results.jsonl -> {key of a job: cells of its line}."""
     lines = {}
     for row in map(json.loads, path.read_text().splitlines()):
-        if "kind" in row:  # corruption, continual: no single accuracy
+        # corruption, continual: no single accuracy
+        if "kind" in row:
             continue
         settings = row["settings"]
         kinds = [settings.get(name) for name in ("mode", "objective", "scoring")]

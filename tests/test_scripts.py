@@ -27,7 +27,6 @@ import common
 import evaluate
 import frepo
 import mtt
-from results import table
 
 EXPERT = "--eval-every 2 --experts 1 --max-start 1 --expert-epochs 1 --student-steps 2"
 FLAGS = {
@@ -494,6 +493,7 @@ translator_fewshot --mode adapted --translator DM > DM
 evaluate > nothing
 evaluate nowhere.pt > nowhere.pt
 evaluate out/dm_tiny_ipc1.ckpt > dm_tiny_ipc1.ckpt distilled
+evaluate DM --network perceptron > perceptron
 evaluate DM --network vit_b_16 > vit_b_16
 evaluate DM --dataset glyphs > DM glyphs
 evaluate DM --corruption nowhere > nowhere
@@ -509,6 +509,8 @@ evaluate DM DM --join > --join once
 evaluate DM --save out > out --save
 evaluate DM DM --save nets > --save one name
 evaluate DM --no-zca > zca
+evaluate DM --zca > zca
+evaluate DM --step-size 3 > step_size
 mtt --step-size 0 --out other > --step-size
 """
 
@@ -569,6 +571,9 @@ def test_stale_adaptation(call):
     assert status == 2 and "_adapted.ckpt differs in inputs" in err.splitlines()[-1]
 
 
+TABLE = runpy.run_path(str(ROOT / "results/table.py"))
+
+
 def test_table(tmp_path, capsys):
     """One line per job: other modes are other jobs, a repeated one replaces its line."""
     row = dict(method="translator_fewshot", dataset="mnist", network="convnet3", command="")
@@ -578,8 +583,8 @@ def test_table(tmp_path, capsys):
     # tensors of others, whose settings are equal
     rows += [rows[0] | {"iterations": 0, "command": f"--tensors {x}"} for x in ("i.pt", "j.pt")]
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert table.main([str(tmp_path / "nowhere")]) == 2 and "missing" in capsys.readouterr().err
-    assert not table.main([str(tmp_path)])
+    assert TABLE["main"]([str(tmp_path / "nowhere")]) == 2 and "missing" in capsys.readouterr().err
+    assert not TABLE["main"]([str(tmp_path)])
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     found = [f"{line[0].split()[-1]} {line[4]} {line[8]}" for line in lines]
     tensors = ["one-net 0 30 +- 1"] * 2
@@ -592,5 +597,5 @@ def test_paper_number():
     numbers = {(1, 0): ["48.3"], (1, 3): ["48.3"], (3, 1): ["55.66"], (1, 1): [], (9, 0): ["69.9"]}
     for (bpc, channels), means in numbers.items():
         row |= {"per_class": bpc, "settings": {"objective": "mtt", "basis_channels": channels}}
-        found = table.paper_number(row)
+        found = TABLE["paper_number"](row)
         assert re.findall(r"([\d.]+) \+- ", found) == means
