@@ -64,11 +64,13 @@ class Args:
     epochs: int = arg(0, "training epochs of each of these networks; 0: the protocol's", 0)
     eval_every: int = arg(0, "score two networks every so many iterations; 0: at the end only", 0)
 
-    # Preprocess.kind for `zca`; the setting of images, or bases, per class; settings that no file
-    # and no row contains, as no result depends on them; settings that a resumed run may change
+    # Preprocess.kind with --zca
     whitening = "zca"
+    # the setting that counts images (HaBa: bases) per class
     budget = "ipc"
+    # no result depends on these: no file and no row has them
     places = ("data_dir", "device", "out")
+    # a resumed run may change these
     free = ("iterations", "runs", "epochs", "eval_every")
 
     @property
@@ -119,7 +121,7 @@ def parse_args(cls, presets, argv=None):
     preset = presets[min(similar, key=lambda key: abs(math.log(budget / key[1])))]
     if not own:
         preset = preset | {"zca": cls.zca}
-    parser.set_defaults(**{"flip": name not in ("mnist", "svhn")} | preset)
+    parser.set_defaults(flip=name not in ("mnist", "svhn"), **preset)
     args = cls(**vars(parser.parse_args(argv)))
     print(json.dumps(asdict(args)), flush=True)
     return args
@@ -148,7 +150,7 @@ def hash_int(*key):
 
 
 def seed(*key):
-    """Seed torch's generators by `key`, as torch.manual_seed does, a hundred times faster."""
+    """Seed torch's generators by `key`: torch.manual_seed's numbers, 70 times faster."""
     number = hash_int(*key)
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
@@ -170,7 +172,7 @@ def setup(args):
 
 
 def autocast(device):
-    """A context: bfloat16 on CPUs with AVX-512 BF16; no change elsewhere (on a GPU: TF32)."""
+    """A context: bfloat16 on CPUs with AVX-512 BF16; else float32 (GPU: TF32 in convolutions)."""
     fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
@@ -219,7 +221,7 @@ class Dataset:
     def at_most(self, per_class):
         """Limit real images per class to the size of the smallest class; print if that is less."""
         if per_class > self.smallest_class:
-            print(f"the smallest class has {self.smallest_class} images: --batch-real is as many")
+            print(f"--batch-real: {self.smallest_class}, the size of the smallest class")
         return min(per_class, self.smallest_class)
 
     def sample(self, per_class, *key):
@@ -262,7 +264,7 @@ def load_dataset(args, device):
 
 
 def read_images(args):
-    """Read args.dataset -> [(pixels, labels) to train, (...) to test], classes, source."""
+    """Read args.dataset -> [(train pixels, labels), (test pixels, labels)], classes, source."""
     name = args.dataset
     if name == "glyphs" and args.size:
         raise UserError("glyphs have 16x16 pixels: leave out --size")
@@ -299,7 +301,7 @@ def read_folder(folder, args):
         found = ", ".join(sorted(differ)[:5]) or "one class only"
         raise UserError(f"{folder}: train/ and test/ (or val/) need the same classes ({found})")
     paths, labels = zip(*train, *listed[same[0]][1], strict=True)
-    channels = len(STATS.get(folder.name, STATS["cifar10"])[1])
+    channels = 1 if folder.name in ("mnist", "fashionmnist") else 3
     # a cache is of the path, size and change time of each file
     files = zip(paths, map(os.stat, paths), strict=True)
     states = [(os.path.abspath(path), stat.st_size, stat.st_ctime_ns) for path, stat in files]
@@ -330,14 +332,14 @@ def open_image(path, channels=3):
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            several = getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
-            is_short = file.mode.startswith("I;16") or file.format in ("PNG", "PPM")
+            animated = getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
+            sixteen_bit = file.mode.startswith("I;16") or file.format in ("PNG", "PPM")
     except Exception as error:
         raise ValueError(f"{path}: {error}") from None
-    if image.mode.startswith("I") and is_short:
+    if image.mode.startswith("I") and sixteen_bit:
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    clear = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-    if several or clear or image.mode in ("I", "F"):
+    transparent = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+    if animated or transparent or image.mode in ("I", "F"):
         raise ValueError(f"{path} has several frames, transparent pixels or 32 bits: use 8-bit RGB")
     return image.convert("RGB").convert("L" if channels == 1 else "RGB")
 
@@ -445,7 +447,7 @@ def transform(images, name, u):
     """Apply a transform of DSA with parameters u (n or 1, 3), uniform in [0, 1).
 
     color: brightness +-0.5, saturation 0 .. 2, contrast 0.5 .. 1.5; cutout: a square of half the
-    side; crop: a shift of at most 1/8 of it; scale: an axis by 1/1.2 .. 1.2; rotate: +-15 degrees.
+    side; crop: a shift of at most 1/8 of it; scale: each axis by 1/1.2 .. 1.2; rotate: +-15 deg.
     """
     side = images.shape[-1]
     if name == "color":
@@ -493,7 +495,7 @@ def warp(images, a, b, c, d, x=0, y=0, padding="zeros"):
 
 
 class AvgPool(nn.Module):
-    """2x2 average pool; on a CPU by two additions, faster than nn.AvgPool2d."""
+    """2x2 average pool; on a CPU by two additions: in bfloat16 faster than nn.AvgPool2d."""
 
     def forward(self, x):
         if x.is_cuda:
@@ -527,7 +529,7 @@ class ConvNet(nn.Module):
             self.blocks.extend([nn.ReLU(inplace=True), AvgPool()])
             channels = width
             size //= 2
-            width *= 1 + frepo
+            width *= 2 if frepo else 1
         self.classifier = nn.Linear(channels * size * size, classes)
 
     def reset(self, *key):
@@ -539,7 +541,7 @@ class ConvNet(nn.Module):
         return self
 
     def features(self, images):
-        """Inputs of the linear layer (n, d). On a CPU 32 images at a time, which is faster."""
+        """Inputs of the linear layer (n, d). On a CPU in chunks of 2^15 pixels, which is faster."""
         chunk = len(images) if images.is_cuda else 2**15 // images[0, 0].numel() or 1
         return torch.cat([self.blocks(x).flatten(1) for x in images.split(chunk)])
 
@@ -671,6 +673,7 @@ def score(data, distilled, images, labels, protocol, args):
         "runs": args.runs,
         "epochs": args.epochs or protocol.length(len(labels)),
         "seed": args.seed,
+        "data": [data.fingerprint, data.test_fingerprint],
         "scoring_seconds": round(time.time() - began),
     }
     text = "{method} on {dataset}, {per_class} per class, {network}, {runs} x {epochs} epochs: "
@@ -688,6 +691,7 @@ def append_row(row, device, folder):
         hardware = torch.cuda.get_device_name()
     here = pathlib.Path(__file__).parent
     commit = subprocess.getoutput(f"git -C '{here}' describe --always --dirty=+ 2>/dev/null")
+    # what this parser does not know is the command without the places
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(*["--" + name.replace("_", "-") for name in Args.places])
     words = [pathlib.Path(sys.argv[0]).name, *parser.parse_known_args(sys.argv[1:])[1]]
@@ -755,6 +759,7 @@ def save_distilled(path, data, args, tensors, run, step_size=None):
         "std": data.preprocess.std.cpu(),
         "step_size": None if step_size is None else float(step_size),
         "settings": args.stored(),
+        "experts": run.record.get("experts"),
         "iterations": args.iterations,
         "seconds": round(run.record["seconds"], 1),
         "evaluations": run.record["evaluations"],

@@ -55,7 +55,7 @@ def distill(data, args, path):
     optimizer = torch.optim.SGD([images], lr=args.lr, momentum=0.5)
 
     state = {"images": images, "optimizer": optimizer}
-    # a view: it follows images
+    # a detached view shares memory: an evaluation uses the current images
     distilled_set = (images.detach()[None], labels, protocol(args))
     run.restore(state, partial(common.train_and_test, data, *distilled_set, args))
     for it in common.progress(range(run.start, args.iterations), "iterations"):

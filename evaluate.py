@@ -38,8 +38,9 @@ def train_network(path, network="", seed=0, epochs=0, **flags):
     """
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     words += [f"--network={network}", f"--seed={seed}", f"--epochs={epochs}"]
-    ((data, distilled, *rest),) = jobs(parse([str(path), *words]))
-    return common.train_and_test(data, *rest, distilled["step_size"])
+    (job,) = jobs(parse([str(path), *words]))
+    data, distilled, images, labels, protocol, args = job
+    return common.train_and_test(data, images, labels, protocol, args, distilled["step_size"])
 
 
 def training_set(path):
@@ -67,7 +68,7 @@ def read_distilled(path):
 def decode(distilled, device="cpu"):
     """All images of a distilled file (V, n, c, h, w), labels (n,) or soft (n, C)."""
     images = distilled.get("images", torch.empty(0))
-    # others' images by HaBa's or KFS's protocol have no codes to decode
+    # images as such, whatever the method (--tensors by HaBa's or KFS's protocol), by DM's decode
     name = "dm" if list(images.shape[1:]) == distilled["shape"] else distilled["method"]
     return importlib.import_module(name).decode(distilled, device)
 
@@ -137,11 +138,11 @@ def open_tensors(args):
     count = len(data.classes)
     paths = [pathlib.Path(path) for path in args.tensors]
     images, *labels = itertools.chain(*(read_tensors(path, data) for path in paths))
-    by_class = images.ndim == 4 or len(images) == count
+    fit = images.ndim == 4 or images.shape[:-4] == (count,)
     images = images.reshape(-1, *images.shape[-3:])
-    if images.shape[-1] == data.shape[0]:
+    if fit and images.shape[-1] == data.shape[0]:
         images = images.movedim(-1, 1)
-    if images.shape[1:] != data.shape or len(images) == 0 or not by_class:
+    if images.shape[1:] != data.shape or len(images) == 0 or not fit:
         raise common.UserError(f"images of {tuple(images.shape)} do not fit {count} x {data.shape}")
     pixels = args.pixels or images.dtype == torch.uint8
     images = images.float().to(data.device)
@@ -151,7 +152,8 @@ def open_tensors(args):
         images = data.preprocess(images if images.max() > 2 else images * 255)
     if not labels:
         print(f"no labels: taken as class after class, {len(images) // count} each")
-    labels, *more = labels or [torch.arange(count).repeat_interleave(len(images) // count)]
+    labels = labels or [torch.arange(count).repeat_interleave(len(images) // count)]
+    labels, *more = [tensor.float() for tensor in labels]
     labels = labels[:, 0] if labels.shape[1:] == (1,) else labels
     numbers = labels.argmax(1) if labels.ndim == 2 else labels
     fit = labels.shape in ((len(images),), (len(images), count)) and not more
@@ -160,15 +162,17 @@ def open_tensors(args):
         raise common.UserError(f"labels of {tuple(labels.shape)} are not {shapes}")
     if not (images.isfinite().all() and labels.isfinite().all()):
         raise common.UserError(f"{paths[0]}: images or labels are NaN or infinite")
-    soft = labels.ndim == 2 and labels.unique().tolist() != [0, 1]
-    tensors = {"images": images, "labels": labels.float() if soft else numbers.long()}
+    numbers = numbers.long()
+    soft = labels.ndim == 2 and not labels.equal(nn.functional.one_hot(numbers, count).float())
+    tensors = {"images": images, "labels": labels if soft else numbers}
 
     # whitened images are told by their means, which hardly vary
     ours, real = ((x.mean(), x.std(), x.mean((1, 2, 3)).std()) for x in (images, data.train))
     text = "{:.2f} +- {:.2f} (means of images: +- {:.3f})"
     print(f"the tensors: {text.format(*ours)}; real, preprocessed alike: {text.format(*real)}")
     alike = all(1 / 4 < x / y < 4 for x, y in zip(ours[1:], real[1:], strict=True))
-    if not alike or abs(ours[0] - real[0]) > real[1]:
+    # network inputs have values below 0, which 0 .. 1 has not
+    if not alike or abs(ours[0] - real[0]) > real[1] or images.min() >= 0:
         print("these are far apart: are --zca, --pixels, --dataset and --protocol right?")
     settings = args.data | {method.Args.budget: len(images) // count, "iterations": 0}
     if hasattr(method.Args, "step_size"):
@@ -231,6 +235,8 @@ def select(kind, data, args):
         center = features.mean(0)
         cost = -forgotten[index]
         best = []
+        # forgetting: most events; herding: the mean of the chosen nearest to the class's mean;
+        # k-center: first nearest to the class's mean, then always farthest from the chosen
         for k in range(args.ipc):
             if kind == "k-center" and best:
                 cost = -torch.cdist(features, features[best]).amin(1)
@@ -279,7 +285,10 @@ def build_network(name, shape, classes):
     resnet18 11,173,962; densenet121 6,956,426. Any other name is torchvision's model, unchanged.
     """
     if re.fullmatch(r"(frepo-)?convnet\d*", name):
-        return common.ConvNet(shape, classes, frepo=name.startswith("frepo"))
+        net = common.ConvNet(shape, classes, frepo=name.startswith("frepo"))
+        if name[-1].isdigit() and name != net.kind:
+            raise ValueError(f"the depth follows from the size of the images: {net.kind}")
+        return net
     if name in PLANS:
         net = nn.Sequential()
         channels = shape[0]
@@ -397,9 +406,12 @@ def continual(args):
     options = common.parse_args(method.Args, method.PRESETS, flags)
     data = common.load_dataset(options, common.setup(options))
     count = len(data.classes)
+    if getattr(options, "mode", "") == "pretrain" or getattr(options, "fixed_decoders", ""):
+        raise common.UserError("--continual: leave out --mode pretrain, --fixed-decoders")
     if count < 2 * args.steps or options.iterations == 0:
         raise common.UserError(f"{data.name}: --steps {count // 2} at most, --iterations 1 or more")
-    name = f"continual_{args.continual}_{data.name}_{args.ipc}_{args.steps}steps"
+    # with the iterations, as KFS's later steps are for the decoders of its first
+    name = f"continual_{args.continual}_{data.name}_{args.ipc}_{args.steps}_{options.iterations}"
     options.out = str(pathlib.Path(args.out) / name)
     protocol = method.protocol(options)
     found = np.zeros((2, args.orders, args.steps))
@@ -415,7 +427,9 @@ def continual(args):
             distilled = method.distill(restrict(data, new), options, path)
             parts.append((distilled, *method.decode(distilled, data.device)))
             seen = restrict(data, np.concatenate(steps[: i + 1]))
-            row, _ = common.score(seen, *join(parts, seen.classes, protocol), protocol, options)
+            joint, *joined = join(parts, seen.classes, protocol)
+            joint["dataset"] = f"{data.name} ({len(seen.classes)} classes)"
+            row, _ = common.score(seen, joint, *joined, protocol, options)
             found[:, order, i] = row["accuracy"], row["random"]
     sizes = np.cumsum([len(step) for step in steps]).tolist()
     row |= dict(kind="continual", orders=args.orders, classes_seen=sizes)
@@ -525,7 +539,11 @@ def parse(argv=None):
     count = len(files) + bool(args.tensors)
     least = min(args.ipc, args.runs, args.steps, args.orders, 1 + min(args.epochs))
     tasks = given.keys() & {"coreset", "continual", "tensors"}
-    idle = given.keys() & {"protocol", "pixels", "step_size", "zca", "flip", "ipc"}
+    uses = dict.fromkeys(("protocol", "pixels", "step_size"), {"tensors"})
+    uses |= dict.fromkeys(("zca", "flip"), {"tensors", "coreset"})
+    uses |= dict.fromkeys(("steps", "orders"), {"continual"}) | {"ipc": {"coreset", "continual"}}
+    idle = sorted(name for name in given.keys() & uses if not tasks & uses[name])
+    others = args.coreset or args.save or args.corruption
     rate = args.step_size or float(args.protocol not in ("mtt", "haba"))
     named = args.protocol and args.dataset and rate > 0
     stems = files if args.join else {pathlib.Path(file).stem for file in files}
@@ -534,15 +552,16 @@ def parse(argv=None):
         f"unknown argument {' '.join(unknown)}: see --help": unknown,
         "--ipc, --runs, --steps, --orders: 1 or more; --epochs: 0 or more": least < 1,
         "nothing to do: give files, --tensors, --coreset or --continual": not (files or tasks),
-        "--tensors need --protocol, --dataset; mtt's also --step-size": args.tensors and not named,
-        f"no effect on files: {', '.join(sorted(idle))}": idle and not tasks,
-        "--export takes one file": args.export and (count != 1 or args.coreset),
+        "--tensors need --protocol, --dataset (mtt, haba: --step-size)": args.tensors and not named,
+        f"no effect on this: {', '.join(idle)}": idle,
+        "--export takes one file; no --save, --corruption": args.export and (count != 1 or others),
         "--join takes two files and more, each once": args.join and not 1 < len({*files}) == count,
         "--save: files of one name: give one at a time": args.save and len(stems) < len(files),
         f"{' '.join(full)} is not empty: give a new folder to --save, --export": full,
     }
-    for mistake in filter(mistakes.get, mistakes):
-        raise common.UserError(mistake)
+    for message, is_wrong in mistakes.items():
+        if is_wrong:
+            raise common.UserError(message)
     return argparse.Namespace(**vars(args), files=files, flags=flags)
 
 

@@ -76,8 +76,8 @@ PRESETS = {
 def krr(support, labels, ridge=1e-6):
     """Kernel ridge regression (survey Eq. 14): w = f^T (f f^T + lambda I)^-1 y.
 
-    support f (n, d), labels y (n, C) -> w (d, C); features (m, d) @ w are predictions. lambda is
-    ridge trace(f f^T) / n, float64, as float32 rounds it away. NaN if Cholesky's method fails.
+    support f (n, d), labels y (n, C) -> w (d, C), NaN if Cholesky fails; features (m, d) @ w are
+    predictions. In float64: float32's rounding errors come near lambda = ridge trace(f f^T) / n.
     """
     f = support.double()
     kernel = f @ f.T
@@ -194,7 +194,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 def build_network(shape, classes):
-    """The scoring network, with batch norm after each pooling that a convolution follows."""
+    """The scoring network, with batch norm before each convolution except the first."""
     net = common.ConvNet(shape, classes, frepo=True)
     for i in reversed(range(1, len(net.blocks))):
         if isinstance(net.blocks[i], nn.Conv2d):
@@ -221,7 +221,7 @@ def distill(data, args, path):
 
     state = {"images": images, "labels": labels, "optimizer": optimizer}
     state |= {"pool": pool, "pool_optimizer": pool_optimizer, "ages": ages}
-    # views of images and labels, also after updates
+    # detached views share memory: an evaluation uses the current images and labels
     distilled_set = (images.detach()[None], labels.detach(), protocol(args))
     run.restore(state, partial(common.train_and_test, data, *distilled_set, args))
     for it in common.progress(range(run.start, args.iterations), "iterations"):
@@ -247,7 +247,7 @@ def distill(data, args, path):
         net.requires_grad_(True).train()
         index = slice(None)
         if args.batch_pool < len(images):
-            common.seed(*key, "pass", 0)
+            common.seed(*key, "pool batch")
             index = torch.randperm(len(images), device=data.device)[: args.batch_pool]
         # the other networks have no gradients and are skipped
         pool_optimizer.zero_grad()

@@ -8,7 +8,7 @@ the features of a basis differ from hallucinator to hallucinator:
     L_S = L_DD + lambda_cos L_cos                for bases and hallucinators (Eq. 6, lambda_DD = 1)
     L_F = lambda_con L_con + lambda_task L_task  for F (Eq. 4)
 
-L_DD matches training trajectories (Eq. 7, see mtt.py), or is DM's or DC's objective (Tab. 2).
+L_DD matches training trajectories (Eq. 7, match_trajectory), or is DM's or DC's (Tab. 2).
 
     python haba.py                                  # glyphs, drawn here: minutes on a CPU
     python haba.py --dataset cifar10 --bpc 9        # the paper: 69.9 +- 0.4 %
@@ -51,7 +51,7 @@ class Args(common.Args):
     weight_con: float = arg(0.1, "lambda_con: weight of L_con (Eq. 4)")
     weight_task: float = arg(1.0, "lambda_task: weight of the cross-entropy of F (Eq. 4)")
     dsa: bool = arg(True, "augment hallucinated images by DSA (Tab. 6); experts always have it")
-    batch: int = arg(0, "bases per student step, Eq. 4, 5 (paper: 300 from 1,001 on); 0: all", 0)
+    batch: int = arg(0, "bases per student step, Eq. 4, 5 (paper: 300 if over 1,000); 0: all", 0)
     experts: int = arg(100, "mtt: expert trajectories; missing ones are trained")
     student_steps: int = arg(30, "mtt: N, student steps per iteration")
     expert_epochs: int = arg(2, "mtt: M, expert epochs to match")
@@ -98,7 +98,7 @@ class Hallucinator(nn.Module):
     """Encoder, scale sigma, shift mu, decoder (Eq. 2): (b, c', h, w) -> (b, c, h, w).
 
     Depths 0 to 3 have 6,144, 6,312, 10,963, 16,131 parameters at 3x32x32 (supplement Tab. 3). Ours:
-    each block doubles the width; no ReLU at the end, as inputs are signed (authors: no ReLU).
+    each block doubles the width; no ReLU at the end, as images are signed (authors: none at all).
     """
 
     def __init__(self, shape, args):
@@ -112,7 +112,7 @@ class Hallucinator(nn.Module):
         decoder = []
         for i, o in pairwise([*widths[::-1], shape[0]]):
             decoder += [nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(i, o, 3, padding=1)]
-        # no pooling before the first convolution; no ReLU and upsampling before its counterpart
+        # the encoder starts without its pooling, the decoder without its ReLU and upsampling
         self.encoder = nn.Sequential(*encoder[1:])
         self.decoder = nn.Sequential(*decoder[2:])
         features = self.encoder(torch.zeros(1, basis_channels, *shape[1:]))[0]
@@ -130,14 +130,13 @@ class FactorizedSet(nn.Module):
         super().__init__()
         widths = args.channels or args.basis_channels not in (0, 1, shape[0])
         if widths and not (args.depth and args.hallucinators):
-            raise common.UserError("--depth 0, --hallucinators 0: no --channels, --basis-channels")
+            raise common.UserError("--channels, --basis-channels need --depth 1, --hallucinators 1")
         if shape[1] % 2 ** max(args.depth - 1, 0):
             raise common.UserError(f"--depth {args.depth} cannot halve {shape[1]} pixels evenly")
         self.shape = shape
         self.bases = nn.Parameter(bases)
         labels = torch.arange(classes).repeat_interleave(len(bases) // classes)
         self.register_buffer("labels", labels)
-        common.seed(args.seed, "hallucinators")
         build = partial(Hallucinator, shape, args) if args.hallucinators else nn.Identity
         self.hallucinators = nn.ModuleList()
         for _ in range(args.hallucinators or 1):
@@ -151,14 +150,14 @@ class FactorizedSet(nn.Module):
     def forward(self, index, j):
         """Bases `index` (b,), enlarged, through hallucinator j -> images (b, c, h, w)."""
         modules = self.hallucinators[j]
-        bases = self.bases
+        enlarge = partial(F.interpolate, size=self.shape[1:], mode="bilinear")
         if len(modules) == 1:
-            bases = bases[index]
-            index = slice(None)
-        bases = F.interpolate(bases, self.shape[1:], mode="bilinear")
-        parts = zip(modules, bases.chunk(len(modules)), strict=True)
-        images = torch.cat([module(part) for module, part in parts])
-        return images[index].expand(-1, self.shape[0], -1, -1)
+            images = modules[0](enlarge(self.bases[index]))
+        else:
+            # a module for each class: all bases go through theirs, then `index` selects
+            parts = zip(modules, enlarge(self.bases).chunk(len(modules)), strict=True)
+            images = torch.cat([module(part) for module, part in parts])[index]
+        return images.expand(-1, self.shape[0], -1, -1)
 
     def all_images(self):
         """All images (|H|, n, c, h, w)."""
@@ -167,8 +166,8 @@ class FactorizedSet(nn.Module):
 
 def contrastive_loss(features, labels, temperature=0.07):
     """Compute L_con (Eq. 3, its supervised form) of features (n, d), labels (n,)."""
-    # as in the authors' code: features of length 1, and a mean over images (Eq. 3: 1 / |H|^2);
-    # positives: of the class (Eq. 3: the basis); denominator: all others (Eq. 3: hallucinator k's)
+    # as in the authors' code: unit features, a mean over images (Eq. 3: 1 / |H|^2), positives of
+    # the class (Eq. 3: the basis), all others in the denominator (Eq. 3: images of hallucinator k)
     x = F.normalize(features)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     log_p = (x @ x.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
@@ -182,14 +181,14 @@ def contrastive_loss(features, labels, temperature=0.07):
 def load_experts(data, args, record):
     """Load expert trajectories (MTT Sec. 3.1), train missing ones -> (experts, epochs + 1, P).
 
-    P parameters. A new run takes existing files, its own seed's first (with --iterations 0 no
-    others, for array jobs), and notes their names in `record`, for the checkpoint to be resumed.
+    P: number of parameters. Existing files are taken first, those of this seed before others; with
+    --iterations 0 (array jobs) this seed's only. `record` keeps the names for a resumed run.
     """
     name = f"{data.name}_{data.fingerprint}" + "_no-flip" * (not data.flip)
     folder = pathlib.Path(args.data_dir) / "experts" / name
     own = [f"seed{args.seed}_expert{i:03d}.pt" for i in range(args.experts)]
     found = {path.name for path in folder.glob("seed*.pt")} if args.iterations else set()
-    ranked = sorted({*own, *found}, key=lambda name: (name not in found, name not in own, name))
+    ranked = sorted({*own, *found}, key=lambda file: (file not in found, file not in own, file))
     names = record.setdefault("experts", sorted(ranked[: args.experts]))
     epochs = args.max_start - 1 + args.expert_epochs
     experts = [train_expert(data, folder / name, epochs) for name in names]
@@ -204,9 +203,9 @@ def train_expert(data, path, epochs):
         trajectory = common.load(path, "an expert")
         net.load_state_dict(unflatten(net, trajectory[-1]))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    real = data.train[None], data.train_labels, common.Protocol()
+    real_set = (data.train[None], data.train_labels, common.Protocol())
     for epoch in common.progress(range(len(trajectory) - 1, epochs), path.stem):
-        common.train_epoch(net, optimizer, data, *real, path.stem, epoch)
+        common.train_epoch(net, optimizer, data, *real_set, path.stem, epoch)
         trajectory = torch.cat([trajectory, flatten(net).cpu()[None]])
         common.save(trajectory, path)
     return trajectory[: epochs + 1]
@@ -243,7 +242,7 @@ def unflatten(net, flat):
 
 def student_gradient(net, params, images, labels, create_graph=True):
     """Compute the gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf."""
-    # in bfloat16 the images' gradient through 50 steps is off by 3.5 % (float32: 2.0 %)
+    # bfloat16 where the CPU has it; its error in the images' gradient: results/speed.md
     with common.autocast(params.device):
         logits = functional_call(net, unflatten(net, params), images)
     loss = F.cross_entropy(logits.to(params.dtype), labels)
@@ -318,6 +317,7 @@ def distill(data, args, path):
     if args.basis_channels not in (0, data.shape[0]):
         bases = bases.mean(1, keepdim=True).repeat(1, args.basis_channels, 1, 1)
     bases = F.interpolate(bases, args.basis_size or data.shape[1], mode="bilinear", antialias=True)
+    common.seed(args.seed, "hallucinators")
     factors = FactorizedSet(bases, data.shape, len(data.classes), args).to(data.device)
     experts = load_experts(data, args, run.record) if mtt else None
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device)
@@ -340,10 +340,11 @@ def distill(data, args, path):
     state |= {"optimizer": optimizer, "adversary_optimizer": adversary_optimizer}
     run.restore(state, evaluate)
     steps = args.student_steps
+    # the last steps keep their graphs: as many as have 550 images of 32x32, less two
     kept = 550 * 32 * 32 // (args.batch or len(bases)) // data.train[0, 0].numel() - 2
     use_adversary = args.hallucinators > 1 and args.weight_cos > 0
     for it in common.progress(range(run.start, args.iterations), "iterations"):
-        # Zeros, never None: factors that are not drawn move by momentum (Alg. 1: not at all)
+        # zeros, not None: hallucinators that are not drawn move by momentum (Alg. 1: not at all)
         for p in factors.parameters():
             p.grad = torch.zeros_like(p)
 
@@ -355,7 +356,7 @@ def distill(data, args, path):
         else:
             loss = match_classes(net, factors, data, args, it)
 
-        # L_cos (Eq. 5) of two hallucinators: two of |H|^2 = 4 terms have j != k, so half the mean
+        # L_cos (Eq. 5) of two drawn hallucinators: 2 of its 4 terms (j, k) have j != k, so half
         if use_adversary:
             features = adversary.features(hallucinate_pair(factors, data, args, it)[0])
             cosine = F.cosine_similarity(*features.chunk(2)).mean() / 2
@@ -417,9 +418,9 @@ def match_classes(net, factors, data, args, it):
     else:
         # train the network on the set (survey Eq. 20)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        rest = (data, leaf.detach(), factors.labels, protocol(args), args.seed, it - 1)
+        distilled_set = (leaf.detach(), factors.labels, protocol(args))
         for epoch in range(args.net_epochs):
-            common.train_epoch(net, optimizer, *rest, epoch)
+            common.train_epoch(net, optimizer, data, *distilled_set, args.seed, it - 1, epoch)
 
     classes = len(data.classes)
     real, _ = data.sample(args.batch_real, args.seed, it, "real")

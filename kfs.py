@@ -34,6 +34,7 @@ from common import arg
 @dataclass
 class Args(common.Args):
     free = common.Args.free + ("scoring",)
+    places = common.Args.places + ("fixed_decoders",)
     ipc: int = arg(1, "storage of the codes, in images per class; the decoders come on top")
     iterations: int = arg(20000, "iterations of the distillation")
     lr_codes: float = arg(0.1, "learning rate of the codes (Adam)")
@@ -45,9 +46,7 @@ class Args(common.Args):
     pretrain: int = arg(2000, "auto-encoder steps; it initializes codes and decoders")
     real_means: int = arg(0, "K: stored networks, used in turn; 0: a new one in each iteration", 0)
     sample_decoders: int = arg(0, "decoders in an iteration (biased gradient, Eq. 2); 0: all", 0)
-    batch_real: int = arg(
-        0, "real images per class and iteration (noisy gradient, Eq. 3); 0: all", 0
-    )
+    batch_real: int = arg(0, "real images per class and iteration (noisy, Eq. 3); 0: all", 0)
     backprop: int = arg(0, "codes per class to backpropagate through (Sec. 3.2); 0: all", 0)
     fixed_decoders: str = arg("", "file whose decoders are kept, for class-incremental learning")
     scoring: Literal["idc", "dsa"] = arg("idc", "augmentation: IDC's with CutMix, or DSA")
@@ -93,8 +92,8 @@ class Decoders(nn.Module):
 def layout(args, shape):
     """Shape of a code, number of codes M, and widths of the decoders.
 
-    Tables 6 and 9 (shapes) are missing from our copy of the paper. Its text has, for 3x32x32, codes
-    of 12x4x4: 16 for one image, 160 for ten (printed: 16); our preset there: High-R, 40 of 12x8x8.
+    Tables 6 and 9 (shapes) are missing from our copy of the paper. Its text has codes of 12x4x4 for
+    3x32x32: 16 for one image, 160 for ten (misprinted as 16); our preset for ten has 40 of 12x8x8.
     """
     c, h, w = shape
     cell = 4 if args.high_res else 8
@@ -119,8 +118,9 @@ def start_factors(data, args, fixed=None):
     pairs = pairwise(widths[::-1])
     encoder = nn.Sequential(*[nn.Conv2d(i, o, 2, stride=2) for i, o in pairs]).to(data.device)
     decoder = fixed or Decoders(1, args, data.shape, *statistics).to(data.device)
-    border = code[1] * 2 ** len(encoder) - data.shape[1]
-    border = (border // 2, border - border // 2) * 2
+    # images are padded to whole cells of a code, as Decoders crops: left, right, top, bottom
+    extra = code[1] * 2 ** len(encoder) - data.shape[1]
+    border = (extra // 2, extra - extra // 2) * 2
 
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=0.01)
     for step in common.progress(range(args.pretrain), "pre-training"):
@@ -170,15 +170,16 @@ def distill(data, args, path):
         state["decoders"] = decoders
 
     def evaluate(k):
-        rest = (protocol(args), args)
-        return common.train_and_test(data, *images_of(codes, decoders), *rest, k=k)
+        images, labels = images_of(codes, decoders)
+        return common.train_and_test(data, images, labels, protocol(args), args, k=k)
 
     run.restore(state, evaluate)
     for it in common.progress(range(run.start, args.iterations), "iterations"):
         key = (args.seed, it)
         if real_means:
-            weights, target = (stored[it % args.real_means] for stored in real_means)
-            nn.utils.vector_to_parameters(weights, net.parameters())
+            networks, means = real_means
+            nn.utils.vector_to_parameters(networks[it % args.real_means], net.parameters())
+            target = means[it % args.real_means]
         else:
             net.reset(*key)
             real = data.train, data.train_labels
@@ -265,9 +266,8 @@ def load_decoders(args, data):
     settings = distilled["settings"]
     names = ("dataset", "size", "high_res", "decoders")
     if any(settings.get(name) != vars(args)[name] for name in names):
-        raise common.UserError(
-            f"{args.fixed_decoders} must be a file of kfs.py with the same {', '.join(names)}"
-        )
+        same = ", ".join(names)
+        raise common.UserError(f"{args.fixed_decoders} is no file of kfs.py with the same {same}")
     return open_factors(distilled, data.device)[1]
 
 

@@ -67,14 +67,14 @@ PRESETS = {
 def load_experts(data, args, record):
     """Load expert trajectories (MTT Sec. 3.1), train missing ones -> (experts, epochs + 1, P).
 
-    P parameters. A new run takes existing files, its own seed's first (with --iterations 0 no
-    others, for array jobs), and notes their names in `record`, for the checkpoint to be resumed.
+    P: number of parameters. Existing files are taken first, those of this seed before others; with
+    --iterations 0 (array jobs) this seed's only. `record` keeps the names for a resumed run.
     """
     name = f"{data.name}_{data.fingerprint}" + "_no-flip" * (not data.flip)
     folder = pathlib.Path(args.data_dir) / "experts" / name
     own = [f"seed{args.seed}_expert{i:03d}.pt" for i in range(args.experts)]
     found = {path.name for path in folder.glob("seed*.pt")} if args.iterations else set()
-    ranked = sorted({*own, *found}, key=lambda name: (name not in found, name not in own, name))
+    ranked = sorted({*own, *found}, key=lambda file: (file not in found, file not in own, file))
     names = record.setdefault("experts", sorted(ranked[: args.experts]))
     epochs = args.max_start - 1 + args.expert_epochs
     experts = [train_expert(data, folder / name, epochs) for name in names]
@@ -89,9 +89,9 @@ def train_expert(data, path, epochs):
         trajectory = common.load(path, "an expert")
         net.load_state_dict(unflatten(net, trajectory[-1]))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    real = data.train[None], data.train_labels, common.Protocol()
+    real_set = (data.train[None], data.train_labels, common.Protocol())
     for epoch in common.progress(range(len(trajectory) - 1, epochs), path.stem):
-        common.train_epoch(net, optimizer, data, *real, path.stem, epoch)
+        common.train_epoch(net, optimizer, data, *real_set, path.stem, epoch)
         trajectory = torch.cat([trajectory, flatten(net).cpu()[None]])
         common.save(trajectory, path)
     return trajectory[: epochs + 1]
@@ -128,7 +128,7 @@ def unflatten(net, flat):
 
 def student_gradient(net, params, images, labels, create_graph=True):
     """Compute the gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf."""
-    # in bfloat16 the images' gradient through 50 steps is off by 3.5 % (float32: 2.0 %)
+    # bfloat16 where the CPU has it; its error in the images' gradient: results/speed.md
     with common.autocast(params.device):
         logits = functional_call(net, unflatten(net, params), images)
     loss = F.cross_entropy(logits.to(params.dtype), labels)
@@ -207,12 +207,12 @@ def distill(data, args, path):
     optimizer = torch.optim.SGD([images], lr=args.lr_images, momentum=0.5)
     step_size_optimizer = torch.optim.SGD([step_size], lr=args.lr_step, momentum=0.5)
     steps = args.student_steps
-    # steps whose graphs fit in memory: those of 550 images of 32x32, less two
+    # the last steps keep their graphs: as many as have 550 images of 32x32, less two
     kept = 550 * 32 * 32 // (args.batch or len(images)) // data.train[0, 0].numel() - 2
 
     state = {"images": images, "step_size": step_size}
     state |= {"optimizer": optimizer, "step_size_optimizer": step_size_optimizer}
-    # a view of images, also after updates
+    # a detached view shares memory: an evaluation uses the current images
     distilled_set = (images.detach()[None], labels, protocol(args))
     run.restore(state, partial(common.train_and_test, data, *distilled_set, args, step_size))
     for it in common.progress(range(run.start, args.iterations), "iterations"):

@@ -18,12 +18,11 @@ No code of the authors is known. What the paper omits follows FRePo's PyTorch br
 refers: no norm, torch's initialization, ridge 1e-6, mirror images, the margin of labels, AdamW in
 scoring, Adam with a cosine to 10 % on images and labels. Our own choices:
 
-- The loss is half a mean (paper: a sum) over all real images in theta, over a batch in theta'.
+- A loss is half the mean (paper: the sum) over images: all real ones in theta, a batch in theta'.
 - G has width 64 and a last convolution, no down-sampling; in Ours-DS it works at half the side.
-- Mirror images for all budgets; adaptation to the target's budget alone (Fig. 4c: several).
+- Mirror images for all budgets; Alg. 1 takes 1,000 outer steps at the adaptation's rate.
 - G is trained by Adam at constant rates; the auto-encoder by squared error, 128 images a step.
 - A subset has a uniformly drawn number of synthetic images, and a DSA copy of each real image.
-- Alg. 1: number and rate of steps; the inner ones are gradient descent at a fixed rate.
 
 Measured: 37.8 +- 0.2 % after 1,000 steps of pre-training on 24 subsets of tiny32 (README: Results).
 """
@@ -91,8 +90,8 @@ PRESETS = {
 def krr(support, labels, ridge=1e-6):
     """Kernel ridge regression (survey Eq. 14): w = f^T (f f^T + lambda I)^-1 y.
 
-    support f (n, d), labels y (n, C) -> w (d, C); features (m, d) @ w are predictions. lambda is
-    ridge trace(f f^T) / n, float64, as float32 rounds it away. NaN if Cholesky's method fails.
+    support f (n, d), labels y (n, C) -> w (d, C), NaN if Cholesky fails; features (m, d) @ w are
+    predictions. In float64: float32's rounding errors come near lambda = ridge trace(f f^T) / n.
     """
     f = support.double()
     kernel = f @ f.T
@@ -206,7 +205,7 @@ class Translator(nn.Module):
 
 
 def build_network(data):
-    """Build FRePo's ConvNet with fixed random theta (of its own for gray images) on any device."""
+    """FRePo's ConvNet; theta's convolutions are equal for RGB data sets of a size and devices."""
     net = common.ConvNet(data.shape, len(data.classes), frepo=True)
     return net.requires_grad_(False).reset("theta").to(data.device)
 
@@ -261,7 +260,7 @@ def distill_in_one_network(theta, images, labels, data, args, path):
             # a new network and a real batch in each step
             loss = random_network_loss(theta, images, labels, data, args, args.seed, t)
         else:
-            # line 7; || f w - y ||^2 / 2 m
+            # line 7, then || f w - y ||^2 / (2 m), expanded with quadratic_form's coefficients
             w = fit(theta, images, labels, data)
             loss = 0.5 * ((w * (gram @ w - 2 * cross)).sum() + constant)
         optimizer.param_groups[0]["lr"] = args.lr * distill_rate(t, args.iterations)
@@ -327,11 +326,10 @@ def reconstruction_loss(translator, data, args, i):
     return F.mse_loss(translator(images), images)
 
 
-def bilevel_loss(theta, net, data, args, i, alpha=0.002):
+def bilevel_loss(theta, net, data, args, i, alpha=1e-3):
     """Compute Alg. 1's loss (lines 3 to 13): T steps in theta, then Eq. 2 in a random network.
 
-    One graph holds all steps: memory grows with T. Table 1's alpha, 1e-3 on a sum over m images, is
-    0.002 m on half the mean. Here m = batch_real (line 4: all images).
+    One graph holds all steps: memory grows with T. alpha is Table 1's; line 4 has all real images.
     """
     key = (args.seed, "space", i)
     # lines 3, 4
@@ -339,17 +337,19 @@ def bilevel_loss(theta, net, data, args, i, alpha=0.002):
     real, real_labels = data.batch(args.batch_real, *key, "real")
     target = theta.features(real)
     target_labels = center_labels(real_labels, len(data.classes))
+    # Alg. 1's loss is a sum over m images, ours half the mean: its gradient is 2 m times ours
+    rate = 2 * len(real) * alpha
     for _ in range(args.inner_steps):
         # lines 6 to 8
         loss = half_square(target @ fit(theta, images, labels, data), target_labels)
         grad_images, grad_labels = torch.autograd.grad(loss, (images, labels), create_graph=True)
-        images = images - alpha * len(real) * grad_images
-        labels = labels - alpha * len(real) * grad_labels
+        images = images - rate * grad_images
+        labels = labels - rate * grad_labels
     return random_network_loss(net, images, labels, data, args, *key)
 
 
 def train(module, loss_of, steps, lr, data, args, path, batch=1, inputs=None):
-    """Train by Adam, each step on a mean of `batch` losses loss_of(i), and write it -> seconds."""
+    """Train `module` by Adam on means of `batch` losses loss_of(i), save it -> seconds."""
     module.requires_grad_(True)
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
     run = common.Run(path, data, args, steps, inputs)
@@ -365,21 +365,26 @@ def train(module, loss_of, steps, lr, data, args, path, batch=1, inputs=None):
         optimizer.step()
         run.step(step, total)
     module.requires_grad_(False)
-    content = {"weights": module.state_dict(), "preprocess": data.preprocess.kind}
-    common.save(content | {"dataset": data.name}, path)
+    content = {"preprocess": data.preprocess.kind, "dataset": data.name}
+    content["weights" if isinstance(module, Translator) else "theta"] = module.state_dict()
+    common.save(content, path)
     print(f"wrote {path}")
     return run.record["seconds"]
 
 
 def build_translator(data, args):
     """Build a new translator or load --translator; the identity for modes without one."""
+    loads = args.mode in ("adapted", "no-adaptation")
+    if bool(args.translator) != loads:
+        text = "--mode adapted and no-adaptation, no other, need --translator: see --mode pretrain"
+        raise common.UserError(text)
+    if args.eval_every:
+        raise common.UserError("this method scores at the end only: leave out --eval-every")
     if args.mode not in TRANSLATED:
         return nn.Identity()
     common.seed(args.seed, "translator")
     translator = Translator().to(data.device).requires_grad_(False)
-    if args.mode in ("adapted", "no-adaptation"):
-        if not args.translator:
-            raise common.UserError(f"--mode {args.mode} needs --translator, see --mode pretrain")
+    if loads:
         stored = common.load(args.translator, "a translator", "weights", "preprocess")
         if stored["preprocess"] != data.preprocess.kind:
             raise common.UserError(f"{args.translator} needs {stored['preprocess']}: see --zca")
@@ -389,9 +394,9 @@ def build_translator(data, args):
 
 def pretrain(data, args):
     """Pre-train a translator on the many classes of `data` (Alg. 2) -> args.out/translator.pt."""
+    translator = build_translator(data, args)
     for n in common.progress(range(args.subsets), "subsets"):
         cached_subset(data, n, args)
-    translator = build_translator(data, args)
     loss_of = partial(pretraining_loss, translator, build_network(data), data, args)
     path = pathlib.Path(args.out) / "translator.pt"
     train(translator, loss_of, args.pretrain_steps, args.lr_pretrain, data, args, path, args.batch)
@@ -444,8 +449,6 @@ def protocol(args):
 
 def main():
     args = common.parse_args(Args, PRESETS)
-    if args.eval_every:
-        raise common.UserError("this method scores at the end only: leave out --eval-every")
     path = common.output_path(args, f"_{args.mode}")
     data = common.load_dataset(args, common.setup(args))
     if args.mode == "pretrain":

@@ -52,9 +52,9 @@ def read_scores(path):
         kinds = [settings.get(name) for name in ("mode", "objective", "scoring")]
         names = ("dataset", "per_class", "network", "iterations", "epochs", "runs", "seed")
         cells = [" ".join([row["method"], *filter(None, kinds)]), *map(row.get, names)]
-        # of tensors and core-sets, settings do not tell which
-        origin = row["command"] * (row["iterations"] == 0)
-        key = (*cells, json.dumps(settings, sort_keys=True), origin)
+        # of tensors, core-sets and joined sets, settings do not tell which
+        origin = row["command"] * (row["iterations"] == 0 or "+" in row["method"])
+        key = (*cells, json.dumps(settings, sort_keys=True), str(row.get("data")), origin)
         ours = f"{row['accuracy']} +- {row['std']}"
         real = f"{row['random']} +- {row['random_std']} ({row['random_per_class']})"
         lines[key] = [*cells, ours, real, paper_number(row), row["command"]]

@@ -20,7 +20,9 @@ IMAGE, CONV, MAPS = 768, 2 * 84, 2 * 768  # numbers in a basis, and in a halluci
 
 def start_factors(data, args):
     """The factorized set before the first iteration, with bases of the images' size."""
-    return haba.FactorizedSet(data.sample(args.bpc, 0, "start")[0], data.shape, 3, args)
+    bases, _ = data.sample(args.bpc, 0, "start")
+    common.seed(args.seed, "hallucinators")
+    return haba.FactorizedSet(bases, data.shape, 3, args)
 
 
 def settings(data_dir, **more):
@@ -203,7 +205,7 @@ def test_bilevel_loss(flip, data, monkeypatch):
     data.flip, args, key = flip, tf.Args(inner_steps=3, batch_real=10), (0, "space", 5)
     net, outer = tf.build_network(data), tf.build_network(data)
     params = list(net.blocks.requires_grad_(True).parameters())
-    ours = tf.bilevel_loss(net, outer, data, args, 5, alpha=0.05)
+    ours = tf.bilevel_loss(net, outer, data, args, 5, alpha=0.025)
     gradients = torch.autograd.grad(ours, params)
     x, y = tf.start_synthetic(data, args, *key, "start")
     real, numbers = data.batch(10, *key, "real")

@@ -39,7 +39,7 @@ FLAGS = {
 }
 load = functools.partial(torch.load, weights_only=True)
 METHODS = pytest.mark.parametrize("method", FLAGS)
-ROW = "method dataset per_class iterations seconds network accuracy std random random_std "
+ROW = "method dataset per_class iterations seconds network accuracy std random random_std data "
 ROW += "random_per_class runs epochs seed settings scoring_seconds hardware torch commit command"
 
 
@@ -297,15 +297,18 @@ def test_continual(method, home, call, tmp_path):
     (row,) = (row for row in map(json.loads, open("out/results.jsonl")) if "kind" in row)
     assert row["classes_seen"] == [2, 4] and len(row["accuracy"]) == 2
     assert not row["settings"]["flip"]
-    folder = f"out/continual_{method}_four_1_2steps"
+    folder = f"out/continual_{method}_four_1_2_1"
     first, second = (load(f"{folder}/order0_step{i}.pt") for i in range(2))
     order = [["ant", "bee", "cat", "dog"][c] for c in np.random.RandomState(0).permutation(4)]
     assert first["classes"] + second["classes"] == order
     if method == "kfs":
         kept = [name for name in first if "layers" in name]
         assert kept and all(torch.equal(first[name], second[name]) for name in kept)
-        status, err = call("evaluate", *flags, 2)  # other decoders after the first step
-        assert status == 2 and "differs in inputs" in err.splitlines()[-1]
+        assert call("evaluate", *flags, 2)[0] == 0
+        for iterations, expected in ((1, 0), (2, 2)):  # from a folder of its own
+            file = f"{folder[:-1]}{iterations}/order0_step0.pt"
+            status, err = call("kfs", "--dataset", "four", "--fixed-decoders", file)
+            assert status == expected and ("differs in inputs" in err) == (iterations == 2)
 
 
 def test_restrict(data):
@@ -323,17 +326,23 @@ def test_tensors_that_do_not_fit(finished, home, call):
     images, labels, _ = evaluate.training_set(finished("dm") / distilled_path("dm"))
     flags = tensor_flags(home)
     cases = [(images * 9 + 40, [], 1), (whitened, [], 1), (whitened, ["--zca"], 0)]
+    cases.append(((images - images.min()) / 3.5, [], 1))
     frepo = ["--protocol", "frepo"]
     for tensor, more, far in cases + [(images, frepo, 1), (images, [*frepo, "--no-zca"], 0)]:
         torch.save(tensor, "i.pt")
         assert call("evaluate", *flags, *more)[0] == 0 and ("far apart" in call.out) == far
-    torch.save([images, labels[:, None]], "i.pt")
-    assert call("evaluate", *flags)[0] == 0
-    assert torch.equal(evaluate.training_set("out/i_dm.pt")[1], labels)
+    one_hot = torch.eye(3)[labels]
+    several = torch.tensor([[1.0, 1, 0]] * 3)
+    forms = [(labels[:, None].to(torch.uint16), labels), (one_hot.bool(), labels)]
+    for given, expected in [*forms, (one_hot * 2, one_hot * 2), (several, several)]:
+        torch.save([images, given], "i.pt")
+        assert call("evaluate", *flags)[0] == 0
+        assert torch.equal(evaluate.training_set("out/i_dm.pt")[1], expected)
     for content, word in (
         (pathlib.Path("code"), "save"),
         ([1.0], "no tensors"),
         (images[:, :1], "do not fit"),
+        (torch.tensor(0.01), "do not fit"),
         (images.repeat(5, 1, 1, 1)[:4], "labels"),
         ([images, torch.tensor([0, 1, 3])], "labels"),
         ([images, torch.zeros(4)], "labels"),
@@ -392,6 +401,9 @@ def test_train_network(method, finished, home, call, tmp_path, capsys):
     net, accuracy = evaluate.train_network(path, **place)
     (row,) = map(json.loads, open(path.parent / "results.jsonl"))
     assert round(accuracy, 2) == row["accuracy"]
+    # reading a file leaves the caller's seed alone
+    draws = [(torch.manual_seed(s), evaluate.training_set(path), torch.rand(1)) for s in (0, 1)]
+    assert draws[0][2] != draws[1][2]
     call("evaluate", path, "--save", "nets", "--network", "convnet", "resnet10")
     first, other = sorted(os.listdir("nets"))
     assert first == f"{path.stem}_{load(f'nets/{first}')['network']}_2_seed0_0.pt"
@@ -431,6 +443,7 @@ def test_join(finished, call):
     assert torch.equal(images[3, 3:], evaluate.training_set(mtt)[0])
     rates = [load(path)["step_size"] for path in (haba, mtt)]
     assert joint["step_size"] == sum(rates) / 2
+    assert load(mtt)["experts"] == ["seed0_expert000.pt"] and not load(paths[0])["experts"]
     status, err = call("evaluate", paths[0], finished("frepo") / distilled_path("frepo"), "--join")
     assert status == 2 and "differ in data" in err.splitlines()[-1]
 
@@ -480,8 +493,8 @@ dm --device toaster > --device toaster
 dm --size 8 > 8x8 --size
 dm --out FILE/out > FILE
 haba --ipc 1 > --bpc bases
-haba --depth 0 --channels 8 --out other > --depth 0
-haba --hallucinators 0 --basis-channels 2 --out other > --hallucinators 0
+haba --depth 0 --channels 8 --out other > --depth 1
+haba --hallucinators 0 --basis-channels 2 --out other > --hallucinators 1
 dm --dataset glyphs --size 32 > glyphs 16x16
 kfs --ipc 13 --codes 0 > codes 12 --ipc
 kfs --real-means 2 --batch-real 4 --out other > --real-means --batch-real
@@ -490,11 +503,14 @@ translator_fewshot --eval-every 1 > --eval-every
 frepo --batch-real 1000000000000000 --out other > allocate memory
 translator_fewshot --mode adapted > --translator
 translator_fewshot --mode adapted --translator DM > DM
+translator_fewshot --mode scratch --translator DM > --translator
+translator_fewshot --mode pretrain --eval-every 1 > --eval-every
 evaluate > nothing
 evaluate nowhere.pt > nowhere.pt
 evaluate out/dm_tiny_ipc1.ckpt > dm_tiny_ipc1.ckpt distilled
 evaluate DM --network perceptron > perceptron
 evaluate DM --network vit_b_16 > vit_b_16
+evaluate DM --network convnet5 > convnet5
 evaluate DM --dataset glyphs > DM glyphs
 evaluate DM --corruption nowhere > nowhere
 evaluate DM --out FILE/out > FILE
@@ -504,6 +520,11 @@ evaluate --continual dm --dataset TINY --steps 2 > --steps 1 at most
 evaluate --continual mtt --dataset TINY --steps 1 --iterations 0 > --iterations 1 or more
 evaluate --continual dm --dataset TINY --steps 1 --network vgg11 > --network
 evaluate DM DM --export images > --export
+evaluate DM --export images --save nets > --export --save
+evaluate DM --steps 2 > steps
+evaluate --coreset random --dataset TINY --protocol frepo > protocol
+evaluate --continual translator_fewshot --dataset TINY --steps 1 --mode pretrain > --mode pretrain
+evaluate --continual kfs --dataset TINY --steps 1 --fixed-decoders DM > --fixed-decoders
 evaluate DM --join > --join two
 evaluate DM DM --join > --join once
 evaluate DM --save out > out --save
@@ -582,13 +603,15 @@ def test_table(tmp_path, capsys):
     rows = [row | dict(settings={"mode": m}, accuracy=a, random_per_class=1) for m, a in scores]
     # tensors of others, whose settings are equal
     rows += [rows[0] | {"iterations": 0, "command": f"--tensors {x}"} for x in ("i.pt", "j.pt")]
+    # other test images are another job
+    rows.append(rows[2] | {"data": ["train", "other"]})
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert TABLE["main"]([str(tmp_path / "nowhere")]) == 2 and "missing" in capsys.readouterr().err
     assert not TABLE["main"]([str(tmp_path)])
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     found = [f"{line[0].split()[-1]} {line[4]} {line[8]}" for line in lines]
     tensors = ["one-net 0 30 +- 1"] * 2
-    assert found == ["bilevel 1 40 +- 1", *tensors, "one-net 1 50 +- 1"]
+    assert found == ["bilevel 1 40 +- 1", *tensors, *["one-net 1 50 +- 1"] * 2]
 
 
 def test_paper_number():
