@@ -38,8 +38,7 @@ def train_network(path, network="", seed=0, epochs=0, **flags):
     """
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     words += [f"--network={network}", f"--seed={seed}", f"--epochs={epochs}"]
-    (job,) = jobs(parse([str(path), *words]))
-    data, distilled, images, labels, protocol, args = job
+    ((data, distilled, images, labels, protocol, args),) = jobs(parse([str(path), *words]))
     return common.train_and_test(data, images, labels, protocol, args, distilled["step_size"])
 
 
@@ -538,11 +537,12 @@ def parse(argv=None):
     unknown = [word for word in files if word.startswith("-")]
     count = len(files) + bool(args.tensors)
     least = min(args.ipc, args.runs, args.steps, args.orders, 1 + min(args.epochs))
-    tasks = given.keys() & {"coreset", "continual", "tensors"}
-    uses = dict.fromkeys(("protocol", "pixels", "step_size"), {"tensors"})
-    uses |= dict.fromkeys(("zca", "flip"), {"tensors", "coreset"})
-    uses |= dict.fromkeys(("steps", "orders"), {"continual"}) | {"ipc": {"coreset", "continual"}}
-    idle = sorted(name for name in given.keys() & uses if not tasks & uses[name])
+    # the flags that only some tasks read
+    reads = {"tensors": {"protocol", "pixels", "step_size", "zca", "flip"}}
+    reads |= {"coreset": {"zca", "flip", "ipc"}, "continual": {"ipc", "steps", "orders"}}
+    tasks = given.keys() & reads.keys()
+    read = set().union(*(reads[task] for task in tasks))
+    idle = sorted(given.keys() & set().union(*reads.values()) - read)
     others = args.coreset or args.save or args.corruption
     rate = args.step_size or float(args.protocol not in ("mtt", "haba"))
     named = args.protocol and args.dataset and rate > 0

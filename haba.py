@@ -130,7 +130,7 @@ class FactorizedSet(nn.Module):
         super().__init__()
         widths = args.channels or args.basis_channels not in (0, 1, shape[0])
         if widths and not (args.depth and args.hallucinators):
-            raise common.UserError("--channels, --basis-channels need --depth 1, --hallucinators 1")
+            raise common.UserError("--depth 0, --hallucinators 0: no --channels, --basis-channels")
         if shape[1] % 2 ** max(args.depth - 1, 0):
             raise common.UserError(f"--depth {args.depth} cannot halve {shape[1]} pixels evenly")
         self.shape = shape

@@ -493,8 +493,8 @@ dm --device toaster > --device toaster
 dm --size 8 > 8x8 --size
 dm --out FILE/out > FILE
 haba --ipc 1 > --bpc bases
-haba --depth 0 --channels 8 --out other > --depth 1
-haba --hallucinators 0 --basis-channels 2 --out other > --hallucinators 1
+haba --depth 0 --channels 8 --out other > --depth 0
+haba --hallucinators 0 --basis-channels 2 --out other > --hallucinators 0
 dm --dataset glyphs --size 32 > glyphs 16x16
 kfs --ipc 13 --codes 0 > codes 12 --ipc
 kfs --real-means 2 --batch-real 4 --out other > --real-means --batch-real
