@@ -177,8 +177,9 @@ def open_tensors(args):
     if hasattr(method.Args, "step_size"):
         settings["step_size"] = args.step_size
     run = argparse.Namespace(record={"seconds": 0.0, "evaluations": []})
-    path = pathlib.Path(args.out) / f"{paths[0].stem}_{args.protocol}.pt"
-    common.save_distilled(path, data, method.Args(**settings), tensors, run, args.step_size)
+    options = method.Args(**settings, out=args.out)
+    path = pathlib.Path(args.out) / f"{paths[0].stem}_{common.output_path(options).name}"
+    common.save_distilled(path, data, options, tensors, run, args.step_size)
     return path
 
 
@@ -188,10 +189,15 @@ def read_tensors(path, data):
         if path.is_dir():
             names, samples = common.list_images(path)
             pixels = read_pictures([file for file, _ in samples], data.shape)
-            return [pixels, torch.tensor([data.classes.index(names[c]) for _, c in samples])]
+            known = [name.replace("/", "-") for name in data.classes]
+            return [pixels, torch.tensor([known.index(names[c]) for _, c in samples])]
         if path.suffix == ".npy":
             return [torch.from_numpy(np.load(path, mmap_mode="c"))]
-        content = torch.load(path, "cpu", weights_only=True)
+        # numpy numbers, which DM's files hold beside the tensors
+        scalar = np.float64(0).__reduce__()[0]
+        named = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+        with torch.serialization.safe_globals([*named, np.dtype, type(np.dtype(float))]):
+            content = torch.load(path, "cpu", weights_only=True)
         if isinstance(content, dict):
             content = content["data"][0]
         first, *rest = [content] if torch.is_tensor(content) else content
@@ -371,7 +377,7 @@ def read_corruptions(folder, data):
     arrays = {path.stem: read_tensors(path, data)[0] for path in paths}
     labels = arrays.pop("labels", torch.empty(0))
     form = (torch.uint8, len(labels) // 5 * 5, h, w, c)
-    known = set(labels.tolist()) <= set(range(len(data.classes)))
+    known = labels.ndim == 1 and set(labels.tolist()) <= set(range(len(data.classes)))
     if not known or {(x.dtype, *x.shape) for x in arrays.values()} != {form}:
         raise common.UserError(f"{folder} needs labels.npy, KIND.npy: bytes (5 n, {h}, {w}, {c})")
     kinds = {kind: x.unflatten(0, (5, -1)).movedim(4, 2) for kind, x in arrays.items()}
@@ -410,7 +416,8 @@ def continual(args):
     if count < 2 * args.steps or options.iterations == 0:
         raise common.UserError(f"{data.name}: --steps {count // 2} at most, --iterations 1 or more")
     # with the iterations, as KFS's later steps are for the decoders of its first
-    name = f"continual_{args.continual}_{data.name}_{args.ipc}_{args.steps}_{options.iterations}"
+    budget = getattr(options, options.budget)
+    name = f"continual_{args.continual}_{data.name}_{budget}_{args.steps}_{options.iterations}"
     options.out = str(pathlib.Path(args.out) / name)
     protocol = method.protocol(options)
     found = np.zeros((2, args.orders, args.steps))
@@ -445,7 +452,8 @@ def restrict(data, classes):
         same = labels[:, None] == torch.tensor(classes, device=data.device)
         parts += [images[same.any(1)], same.nonzero()[:, 1]]
     names = [data.classes[c] for c in classes]
-    prints = [f"{x}/{classes.tolist()}" for x in (data.fingerprint, data.test_fingerprint)]
+    key = f"{common.hash_int(classes.tolist()):016x}"
+    prints = [f"{x}-{key}" for x in (data.fingerprint, data.test_fingerprint)]
     return common.Dataset(data.name, names, *parts, data.preprocess, *prints, data.flip)
 
 
@@ -483,6 +491,9 @@ def jobs(args):
     sets = [join_files(args.files, args)] if args.join else []
     sets += [open_file(path, args) for path in args.files * (not args.join)]
     sets += [open_coreset(kind, args) for kind in args.coreset]
+    stems = {distilled["stem"] for _, distilled, *_ in sets}
+    if args.save and len(stems) < len(sets):
+        raise common.UserError("--save: sets of one name: give one at a time")
     for one, name, epochs in itertools.product(sets, args.network, args.epochs):
         data, distilled, images, labels, protocol = one
         if name:
@@ -544,9 +555,8 @@ def parse(argv=None):
     read = set().union(*(reads[task] for task in tasks))
     idle = sorted(given.keys() & set().union(*reads.values()) - read)
     others = args.coreset or args.save or args.corruption
-    rate = args.step_size or float(args.protocol not in ("mtt", "haba"))
+    rate = given.get("step_size", float(args.protocol not in ("mtt", "haba")))
     named = args.protocol and args.dataset and rate > 0
-    stems = files if args.join else {pathlib.Path(file).stem for file in files}
     full = [x for x in (args.save, args.export) if x and any(pathlib.Path(x).glob("*"))]
     mistakes = {
         f"unknown argument {' '.join(unknown)}: see --help": unknown,
@@ -556,7 +566,7 @@ def parse(argv=None):
         f"no effect on this: {', '.join(idle)}": idle,
         "--export takes one file; no --save, --corruption": args.export and (count != 1 or others),
         "--join takes two files and more, each once": args.join and not 1 < len({*files}) == count,
-        "--save: files of one name: give one at a time": args.save and len(stems) < len(files),
+        "--coreset beside files needs --dataset": args.coreset and files and not args.dataset,
         f"{' '.join(full)} is not empty: give a new folder to --save, --export": full,
     }
     for message, is_wrong in mistakes.items():
@@ -567,7 +577,8 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    for folder in filter(None, (args.out, args.save, args.export)):
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     if args.tensors:
         args.files.append(open_tensors(args))
     if args.continual:

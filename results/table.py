@@ -26,16 +26,16 @@ def paper_number(row):
     method += SUFFIXES[settings.get("mode", "adapted")] + "-ds" * settings.get("down_sample", False)
     # targets.csv has no other objective than mtt
     method += settings.get("objective", "mtt").removeprefix("mtt")
-    # the translator's network is named with and without the prefix
+    # the translator's network is FRePo's, also where targets.csv has no prefix
     prefix = "frepo-" * method.startswith("translator")
     gray = settings.get("basis_channels") == 1 and "mnist" not in row["dataset"]
     budget = f"{row['per_class']}{' one-channel bases' * gray}"
-    ours = (method, row["dataset"], budget, row["network"].removeprefix(prefix))
+    ours = (method, row["dataset"], budget, row["network"])
     found = []
     for target in csv.DictReader(TARGETS.splitlines()):
         bases = re.findall(r"\d+ one-channel bases|(?<=BPC )\d+", target["source"])
         *_, budget = [target["images_per_class"], *bases]
-        network = target["network"].removeprefix(prefix)
+        network = prefix + target["network"].removeprefix(prefix)
         if ours == (target["method"], target["dataset"], budget, network):
             found.append(f"{target['mean']} +- {target['std']} ({target['source']})")
     return "; ".join(found)

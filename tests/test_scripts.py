@@ -1,5 +1,6 @@
 """The scripts as a user meets them: whole runs, files, kills, mistakes."""
 
+import argparse
 import csv
 import functools
 import importlib
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, find
 from PIL import Image
 
 import common
@@ -261,7 +262,10 @@ LAYOUTS = {
     "class after class": ("mtt", lambda x, y: {"i.pt": x.unflatten(0, (3, -1))}),
     "one-hot": ("mtt", lambda x, y: {"i.pt": x, "l.pt": F.one_hot(y, 3)}),
     "arrays": ("mtt", lambda x, y: {"i.npy": x.numpy(), "l.npy": y.int().numpy()}),
-    "DM's": ("dm", lambda x, y: {"res.pt": {"data": [[x, y], [x + 1, y]], "accs": {"m": [1.0]}}}),
+    "DM's": (
+        "dm",
+        lambda x, y: {"res.pt": {"data": [[x, y], [x + 1, y]], "accs": [np.float64(1)]}},
+    ),
     "FRePo's": ("frepo", lambda x, y: {"i.npy": x.permute(0, 2, 3, 1).numpy(), "l.npy": y.numpy()}),
 }
 
@@ -278,7 +282,7 @@ def test_tensors(layout, finished, home, call):
     flags = [*tensor_flags(home, *files, method=method), *["--zca"] * (method == "frepo")]
     flags += ["--step-size", info["step_size"]] * (method == "mtt")
     assert call("evaluate", *flags)[0] == 0
-    found = evaluate.training_set(f"out/{files[0].split('.')[0]}_{method}.pt")
+    found = evaluate.training_set(f"out/{files[0].split('.')[0]}_{method}_tiny_ipc1.pt")
     assert torch.equal(found[0], images) and torch.equal(found[1], labels)
     assert call("evaluate", path)[0] == 0
     ours, theirs = map(json.loads, open("out/results.jsonl"))
@@ -294,10 +298,12 @@ def test_continual(method, home, call, tmp_path):
     flags = f"--continual {method} --orders 1 --steps 2 --ipc 1 --dataset four --no-flip"
     flags = [*flags.split(), *FLAGS[method].split(), "--iterations"]
     assert call("evaluate", *flags, 1)[0] == 0
-    (row,) = (row for row in map(json.loads, open("out/results.jsonl")) if "kind" in row)
-    assert row["classes_seen"] == [2, 4] and len(row["accuracy"]) == 2
-    assert not row["settings"]["flip"]
     folder = f"out/continual_{method}_four_1_2_1"
+    steps = list(map(json.loads, open(f"{folder}/results.jsonl")))
+    (row,) = map(json.loads, open("out/results.jsonl"))
+    assert row["classes_seen"] == [2, 4] and not row["settings"]["flip"]
+    for name in ("accuracy", "random"):
+        assert row[name] == [step[name] for step in steps]
     first, second = (load(f"{folder}/order0_step{i}.pt") for i in range(2))
     order = [["ant", "bee", "cat", "dog"][c] for c in np.random.RandomState(0).permutation(4)]
     assert first["classes"] + second["classes"] == order
@@ -317,6 +323,8 @@ def test_restrict(data):
     assert part.classes == ["cat", "ant"] and part.fingerprint != data.fingerprint
     for number, c in enumerate((2, 0)):
         assert torch.equal(part.test[part.test_labels == number], data.test[data.test_labels == c])
+        train = data.train[data.train_labels == c]
+        assert torch.equal(part.train[part.train_labels == number], train)
 
 
 def test_tensors_that_do_not_fit(finished, home, call):
@@ -337,7 +345,7 @@ def test_tensors_that_do_not_fit(finished, home, call):
     for given, expected in [*forms, (one_hot * 2, one_hot * 2), (several, several)]:
         torch.save([images, given], "i.pt")
         assert call("evaluate", *flags)[0] == 0
-        assert torch.equal(evaluate.training_set("out/i_dm.pt")[1], expected)
+        assert torch.equal(evaluate.training_set("out/i_dm_tiny_ipc1.pt")[1], expected)
     for content, word in (
         (pathlib.Path("code"), "save"),
         ([1.0], "no tensors"),
@@ -366,8 +374,9 @@ def tensor_flags(home, *files, method="dm"):
 
 def test_pictures(home, call):
     """Exported pictures of real images, read back, are those images; a used folder is refused."""
-    call("dm", "--iterations", 1, "--lr", 0, "--seed", 3)
+    call("dm", "--iterations", 1, "--lr", 0, "--seed", 3, "--no-flip")
     path = "out/dm_tiny_ipc1_seed3.pt"
+    assert not evaluate.open_file(path, evaluate.parse([path, "--data-dir", "data"]))[0].flip
     images, labels, info = evaluate.training_set(path)
     assert call("evaluate", path, "--export", "pictures")[0] == 0
     rows = list(csv.reader(open("pictures/labels.csv")))
@@ -378,7 +387,7 @@ def test_pictures(home, call):
     for name in ("labels.csv", "README.txt", "grid.png"):
         os.remove(f"pictures/{name}")
     assert call("evaluate", *tensor_flags(home, "pictures"))[0] == 0
-    assert torch.equal(evaluate.training_set("out/pictures_dm.pt")[0], images)
+    assert torch.equal(evaluate.training_set("out/pictures_dm_tiny_ipc1.pt")[0], images)
 
 
 def test_clipped_pictures(finished, call):
@@ -428,14 +437,19 @@ def test_join(finished, call):
     """Two sets of one preprocessing become one; others are refused."""
     call("dm", "--seed", 1)
     paths = [finished("dm") / distilled_path("dm"), "out/dm_tiny_ipc1_seed1.pt"]
-    assert call("evaluate", *paths, "--join")[0] == 0
+    assert call("evaluate", *paths, "--join", "--runs", 4, "--save", "nets")[0] == 0
     *_, row = map(json.loads, open("out/results.jsonl"))
+    scores = [load(path)["accuracy"] for path in pathlib.Path("nets").iterdir()]
+    assert row["accuracy"] == pytest.approx(np.mean(scores), abs=0.01)
+    assert 0 < row["std"] == pytest.approx(np.std(scores), abs=0.01)
     assert (row["method"], row["per_class"], row["random_per_class"]) == ("dm+dm", 2, 2)
     _, _, images, labels, _ = evaluate.join_files(paths, evaluate.parse(["x", "--device", "cpu"]))
     parts = [evaluate.training_set(path) for path in paths]
     assert torch.equal(images[0], torch.cat([part[0] for part in parts]))
     assert torch.equal(labels.argmax(1), torch.cat([part[1] for part in parts]))
     assert row["settings"] == load(paths[0])["settings"] and load(paths[0])["step_size"] is None
+    parts = [({"classes": [*c], "step_size": None}, images, torch.arange(2)) for c in ("ca", "db")]
+    assert evaluate.join(parts, [*"abcd"], common.Protocol())[2].argmax(1).tolist() == [2, 0, 3, 1]
     haba, mtt = (finished(name) / distilled_path(name) for name in ("haba", "mtt"))
     _, joint, images, labels, _ = evaluate.join_files([haba, mtt], evaluate.parse(["x"]))
     assert images.shape[:2] == (5, 6) and len(labels) == 6
@@ -470,6 +484,47 @@ def test_other_scores(flags, finished, home, call):
     rows = list(map(json.loads, open("out/results.jsonl")))
     assert len(rows) == (2 if path else 4)
     assert np.shape(rows[-1]["accuracy"]) == ((6,) if path else ())
+
+
+@pytest.mark.parametrize("kind", evaluate.CORESETS[1:])
+def test_select(kind, data, tmp_path, monkeypatch):
+    """Each image of a core-set has the least cost of those left in its class."""
+    features, forgotten = torch.randn(36, 4), torch.rand(36)
+    monkeypatch.setattr(evaluate, "learn_features", lambda *_: (features, forgotten))
+    args = argparse.Namespace(data_dir=tmp_path, seed=0, ipc=4)
+    chosen = find(evaluate.select(kind, data, args), data.train).view(3, 4).tolist()
+
+    def cost(i, before, members):
+        if kind == "forgetting":
+            return -forgotten[i]
+        if kind == "k-center" and before:
+            return -(features[before] - features[i]).norm(dim=1).min()
+        return (features[[*before, i]].mean(0) - features[members].mean(0)).norm()
+
+    for c, best in enumerate(chosen):
+        members = torch.nonzero(data.train_labels == c)[:, 0].tolist()
+        for k, i in enumerate(best):
+            costs = {j: cost(j, best[:k], members) for j in members if j not in best[:k]}
+            assert i == min(costs, key=costs.get)
+
+
+def test_corruption_folder(finished, home, tmp_path, monkeypatch):
+    """The accuracy at a level is that on its images."""
+    monkeypatch.chdir(tmp_path)
+    flags = f"--corruption . --data-dir {home.parent} --device cpu --runs 1 --epochs 3 --out ."
+    path = str(finished("dm") / distilled_path("dm"))
+    (job,) = evaluate.jobs(evaluate.parse([path, *flags.split()]))
+    data, labels = job[0], job[0].test_labels
+    pixels = (data.preprocess.undo(data.test) * 255).round().byte()
+    levels = [pixels.roll(2 * k, 0) for k in range(5)]
+    np.save("mixed.npy", torch.cat(levels).permute(0, 2, 3, 1).numpy())
+    np.save("labels.npy", labels.repeat(5).numpy())
+    row, ((net, clean),) = evaluate.score_corruption(*job)
+    found = [common.accuracy(net, data.preprocess(level), labels) for level in levels]
+    assert row["accuracy"] == pytest.approx([clean, *found], abs=0.01) and len(set(found)) > 2
+    np.save("labels.npy", F.one_hot(labels.repeat(5)).numpy())
+    with pytest.raises(common.UserError, match="labels.npy"):
+        evaluate.score_corruption(*job)
 
 
 # ------------------------------------------------------------ mistakes
@@ -528,6 +583,10 @@ evaluate --continual kfs --dataset TINY --steps 1 --fixed-decoders DM > --fixed-
 evaluate DM --join > --join two
 evaluate DM DM --join > --join once
 evaluate DM --save out > out --save
+evaluate DM --save FILE > FILE
+evaluate DM --coreset random > --coreset --dataset
+evaluate DM --coreset random random --dataset TINY --save nets > --save one name
+evaluate --tensors DM --protocol dm --dataset TINY --step-size 0 > --step-size
 evaluate DM DM --save nets > --save one name
 evaluate DM --no-zca > zca
 evaluate DM --zca > zca
@@ -615,10 +674,13 @@ def test_table(tmp_path, capsys):
 
 
 def test_paper_number():
-    """HaBa's bases of one channel have a number of their own."""
+    """HaBa's one-channel bases have a number of their own; the translator has FRePo's network."""
     row = {"method": "haba", "dataset": "cifar10", "network": "convnet3"}
     numbers = {(1, 0): ["48.3"], (1, 3): ["48.3"], (3, 1): ["55.66"], (1, 1): [], (9, 0): ["69.9"]}
     for (bpc, channels), means in numbers.items():
         row |= {"per_class": bpc, "settings": {"objective": "mtt", "basis_channels": channels}}
         found = TABLE["paper_number"](row)
         assert re.findall(r"([\d.]+) \+- ", found) == means
+    row |= {"method": "translator_fewshot", "per_class": 1, "settings": {}}
+    assert TABLE["paper_number"](row | {"network": "frepo-convnet3"}).startswith("44.0")
+    assert not TABLE["paper_number"](row)
