@@ -801,6 +801,7 @@ class Run:
         self.args = args
         self.steps = args.iterations if steps is None else steps
         settings = args.stored() | {"data": data.fingerprint, "test data": data.test_fingerprint}
+        settings["inputs"] = None
         if inputs is not None:
             settings["inputs"] = hashlib.sha256(inputs.cpu().numpy()).hexdigest()
         self.record = {"settings": settings, "done": 0, "seconds": 0.0, "evaluations": []}

@@ -37,7 +37,7 @@ class Args(common.Args):
     budget = "bpc"
     bpc: int = arg(1, "bases per class, |B| / C")
     objective: Literal["mtt", "dm", "dc"] = arg("mtt", "L_DD: MTT's, DM's or DC's (Tab. 2)")
-    iterations: int = arg(15000, "iterations of the distillation; 0: train the experts only", 0)
+    iterations: int = arg(15000, "iterations of the distillation; mtt, 0: train experts only", 0)
     hallucinators: int = arg(5, "|H|: hallucinators; 0: bases are images, enlarged", 0)
     class_hallucinators: bool = arg(False, "each class has |H| hallucinators of its own (Tab. 5)")
     share_conv: bool = arg(False, "all hallucinators share encoder and decoder (supplement Tab. 5)")
@@ -364,7 +364,7 @@ def distill(data, args, path):
             if not mtt:
                 # relative, as DM's gradient is far larger than that of L_cos
                 (gradient,) = torch.autograd.grad(cosine, factors.bases, retain_graph=True)
-                weight = weight * factors.bases.grad.norm() / gradient.norm()
+                weight = weight * factors.bases.grad.norm() / gradient.norm().clamp_min(1e-12)
             (weight * cosine).backward(inputs=list(factors.parameters()))
 
         # Alg. 1, lines 11, 12

@@ -261,14 +261,14 @@ def open_factors(distilled, device="cpu"):
 
 
 def load_decoders(args, data):
-    """The Decoders of args.fixed_decoders, for other classes of a data set (App. A)."""
-    distilled = common.load(args.fixed_decoders, "a distilled file of kfs.py", "settings")
-    settings = distilled["settings"]
+    """The Decoders of args.fixed_decoders for other classes, `data` (App. A), by its statistics."""
+    stored = common.load(args.fixed_decoders, "a distilled file of kfs.py", "settings", "codes")
     names = ("dataset", "size", "high_res", "decoders")
-    if any(settings.get(name) != vars(args)[name] for name in names):
-        same = ", ".join(names)
-        raise common.UserError(f"{args.fixed_decoders} is no file of kfs.py with the same {same}")
-    return open_factors(distilled, data.device)[1]
+    same = [stored["settings"].get(name) == vars(args)[name] for name in names]
+    if stored["shape"] != list(data.shape) or not all(same):
+        raise common.UserError(f"{args.fixed_decoders} has another shape, {', '.join(names)}")
+    statistics = {"mean": data.preprocess.mean, "std": data.preprocess.std}
+    return open_factors(stored | statistics, data.device)[1]
 
 
 @torch.no_grad()

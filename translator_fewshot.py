@@ -61,8 +61,8 @@ class Args(common.Args):
     pretrain_steps: int = arg(200000, "S: steps of the pre-training")
     lr_pretrain: float = arg(1e-5, "eta: learning rate of the pre-training (Adam)")
     subsets: int = arg(5000, "N: cached subsets")
-    max_classes: int = arg(100, "C_max: classes of a subset, at most")
-    min_classes: int = arg(10, "C_min: classes of a subset, at least")
+    max_classes: int = arg(100, "C_max: classes of a subset, at most", 2)
+    min_classes: int = arg(10, "C_min: classes of a subset, at least", 2)
     max_images: int = arg(4000, "M: real images of a subset, at most")
     max_synthetic: int = arg(1000, "I_max: synthetic images of a subset, at most")
     batch: int = arg(4, "B: subsets in a step of the pre-training")
@@ -291,7 +291,8 @@ def cached_subset(data, n, args):
     key = (data.fingerprint, data.flip, index.tolist(), ipc, args.iterations, args.lr, args.seed)
     path = pathlib.Path(args.data_dir) / "subsets" / data.name / f"{common.hash_int(*key):016x}.pt"
     if not path.exists():
-        args = replace(args, ipc=ipc, down_sample=False)
+        # what the subset depends on, as any run continues its checkpoint
+        args = Args(ipc=ipc, iterations=args.iterations, lr=args.lr, seed=args.seed)
         start = start_synthetic(subset, args, args.seed, "start")
         # DSA, "to mimic the cases of larger datasets" (Sec. 4.1): one transformed copy per image
         parts = enumerate(subset.train.split(128))

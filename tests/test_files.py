@@ -111,7 +111,7 @@ def test_other_settings(data, tmp_path):
     distill(tmp_path, data, inputs=torch.ones(9))
     checkpoint = (tmp_path / "toy.ckpt").read_bytes()
     changes = {"lr": {"lr": 0.2}, "seed": {"seed": 1}, "inputs": {"inputs": torch.ones(8)}}
-    changes |= {"flip": {"flip": False}, "data": {"data": make_data(13)}}
+    changes |= {"flip": {"flip": False}, "data": {"data": make_data(13)}, "input": {"inputs": None}}
     changes["test data"] = {"data": dataclasses.replace(data, test_fingerprint="other")}
     for name, change in changes.items():
         with pytest.raises(common.UserError, match=rf"toy\.ckpt[^\n]*{name}[^\n]*$"):

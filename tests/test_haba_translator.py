@@ -1,5 +1,6 @@
 """HaBa and the translator: losses, gradients and updates against plain references in float64."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -307,6 +308,26 @@ def test_losses_of_the_translator(data, tmp_path, monkeypatch):
     images = data.batch(128, 0, "auto-encoder", 0)[0]
     error = (parts[0](images) - images).square().mean().item()
     assert tf.reconstruction_loss(parts[0], data, args, 0).item() == pytest.approx(error)
+
+
+def test_interrupted_subset(data, tmp_path, monkeypatch):
+    """A run with another rate of the pre-training continues the subset that one left."""
+    args = tf.Args(iterations=2, min_classes=2, max_images=12, max_synthetic=6)
+    args.data_dir = str(tmp_path / "whole")
+    _, expected, _ = tf.cached_subset(data, 0, args)
+    args = replace(args, data_dir=str(tmp_path), lr_pretrain=1.0, subsets=3)
+    step = common.Run.step
+
+    def interrupted(run, it, loss):
+        run.saved = 0
+        step(run, it, loss)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "step", interrupted)
+        pytest.raises(KeyboardInterrupt, tf.cached_subset, data, 0, replace(args, subsets=5))
+    assert len(list(tmp_path.glob("subsets/*/*.ckpt"))) == 1
+    assert torch.equal(tf.cached_subset(data, 0, args)[1], expected)
 
 
 def test_down_sample(data):

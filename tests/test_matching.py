@@ -1,6 +1,7 @@
 """DM, MTT, KFS and FRePo: losses, gradients and updates against plain references in float64."""
 
 import copy
+import dataclasses
 import math
 from functools import partial
 
@@ -217,6 +218,22 @@ def test_kfs(settings, networks, data, tmp_path, monkeypatch):
         assert len(kfs.load_real_means(*rest)[1]) == 2
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
         pytest.raises(TypeError, kfs.load_real_means, *rest)  # but not in another precision
+
+
+def test_fixed_decoders(data, tmp_path):
+    """Decoders of other data give images in the statistics of the new; they can't be left out."""
+    args = kfs.Args(iterations=1, codes=2, decoders=2, pretrain=2, batch_real=4)
+    first = kfs.distill(data, args, tmp_path / "first.pt")
+    statistics = common.Preprocess("standardize", first["mean"] + 1, first["std"] * 2)
+    data = dataclasses.replace(data, preprocess=statistics, fingerprint="other")
+    fixed = dataclasses.replace(args, fixed_decoders=str(tmp_path / "first.pt"))
+    found = kfs.distill(data, fixed, tmp_path / "second.pt")
+    images, _ = kfs.images_of(found["codes"], kfs.load_decoders(fixed, data))
+    torch.testing.assert_close(images, kfs.decode(found)[0])
+    expected = (kfs.decode(first | {"codes": found["codes"]})[0] * first["std"] - 1) / first["std"]
+    torch.testing.assert_close(images * 2, expected)
+    with pytest.raises(common.UserError, match="differs in inputs"):
+        kfs.distill(data, args, tmp_path / "second.pt")
 
 
 def test_idc_augmentation(data, monkeypatch):

@@ -554,6 +554,9 @@ dm --dataset glyphs --size 32 > glyphs 16x16
 kfs --ipc 13 --codes 0 > codes 12 --ipc
 kfs --real-means 2 --batch-real 4 --out other > --real-means --batch-real
 kfs --fixed-decoders DM --out other > DM kfs.py
+kfs --fixed-decoders out/kfs_tiny_ipc1.ckpt --out other > kfs_tiny_ipc1.ckpt kfs.py
+kfs --fixed-decoders out/kfs_tiny_ipc1.pt --decoders 3 --out other > kfs_tiny_ipc1.pt decoders
+translator_fewshot --mode pretrain --min-classes 1 > --min-classes 1
 translator_fewshot --eval-every 1 > --eval-every
 frepo --batch-real 1000000000000000 --out other > allocate memory
 translator_fewshot --mode adapted > --translator
