@@ -68,7 +68,7 @@ class Args:
     whitening = "zca"
     # the setting that counts images (HaBa: bases) per class
     budget = "ipc"
-    # no result depends on these: no file and no row has them
+    # paths and device: no file and no row has them; Run compares what a path holds (`inputs`)
     places = ("data_dir", "device", "out")
     # a resumed run may change these
     free = ("iterations", "runs", "epochs", "eval_every")
