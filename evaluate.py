@@ -189,8 +189,8 @@ def read_tensors(path, data):
         if path.is_dir():
             names, samples = common.list_images(path)
             pixels = read_pictures([file for file, _ in samples], data.shape)
-            known = [name.replace("/", "-") for name in data.classes]
-            return [pixels, torch.tensor([known.index(names[c]) for _, c in samples])]
+            folders = [name.replace("/", "-") for name in data.classes]
+            return [pixels, torch.tensor([folders.index(names[c]) for _, c in samples])]
         if path.suffix == ".npy":
             return [torch.from_numpy(np.load(path, mmap_mode="c"))]
         # numpy numbers, which DM's files hold beside the tensors

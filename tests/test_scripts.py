@@ -262,10 +262,7 @@ LAYOUTS = {
     "class after class": ("mtt", lambda x, y: {"i.pt": x.unflatten(0, (3, -1))}),
     "one-hot": ("mtt", lambda x, y: {"i.pt": x, "l.pt": F.one_hot(y, 3)}),
     "arrays": ("mtt", lambda x, y: {"i.npy": x.numpy(), "l.npy": y.int().numpy()}),
-    "DM's": (
-        "dm",
-        lambda x, y: {"res.pt": {"data": [[x, y], [x + 1, y]], "accs": [np.float64(1)]}},
-    ),
+    "DM's": ("dm", lambda x, y: {"res.pt": {"data": [[x, y], [x + 1, y]], "acc": np.float64(1)}}),
     "FRePo's": ("frepo", lambda x, y: {"i.npy": x.permute(0, 2, 3, 1).numpy(), "l.npy": y.numpy()}),
 }
 
