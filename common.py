@@ -68,7 +68,7 @@ class Args:
     whitening = "zca"
     # the setting that counts images (HaBa: bases) per class
     budget = "ipc"
-    # paths and device: no file and no row has them; Run compares what a path holds (`inputs`)
+    # paths and device: left out of files and rows; Run compares a path's content (`inputs`)
     places = ("data_dir", "device", "out")
     # a resumed run may change these
     free = ("iterations", "runs", "epochs", "eval_every")
@@ -298,14 +298,13 @@ def read_folder(folder, args):
     same = [name for name in ("test", "val") if listed[name][0] == classes]
     if len(classes) < 2 or not same:
         differ = {*classes} ^ {*(listed["test"][0] or listed["val"][0])}
-        found = ", ".join(sorted(differ)[:5]) or "one class only"
+        found = ", ".join(sorted(differ)[:5]) or "one class at most"
         raise UserError(f"{folder}: train/ and test/ (or val/) need the same classes ({found})")
     paths, labels = zip(*train, *listed[same[0]][1], strict=True)
     channels = 1 if folder.name in ("mnist", "fashionmnist") else 3
-    # a cache is of the path, size and change time of each file
-    files = zip(paths, map(os.stat, paths), strict=True)
-    states = [(os.path.abspath(path), stat.st_size, stat.st_ctime_ns) for path, stat in files]
-    key = hash_int(args.size, channels, states)
+    # cache key: path, size and change time of each file
+    files = [(os.path.abspath(path), os.stat(path)) for path in paths]
+    key = hash_int(args.size, channels, [(x, stat.st_size, stat.st_ctime_ns) for x, stat in files])
     cache = pathlib.Path(args.data_dir) / ".cache" / f"images_{key:016x}.pt"
     if not cache.exists():
         save(to_pixels((open_image(path, channels) for path in paths), args.size), cache)
@@ -328,7 +327,7 @@ def list_images(folder):
 
 
 def open_image(path, channels=3):
-    """Open an image as viewers show it, in RGB or gray. Raises ValueError if that is ambiguous."""
+    """Open an image as viewers show it, in RGB or gray. Raises ValueError if it can't."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -374,8 +373,8 @@ def draw_glyphs(per_class, split):
             ground = random.uniform(0, 0.4, 3)
             color = random.uniform(0.6, 1, 3)
             blotches = random.normal(0, 0.1, (4, 4, 3)).repeat(4, 0).repeat(4, 1)
-            image = ground + mask * (color - ground) + blotches
-            image = image + random.normal(0, 0.2, image.shape)
+            noise = random.normal(0, 0.2, blotches.shape)
+            image = ground + mask * (color - ground) + blotches + noise
             pixels.append((image.clip(0, 1) * 255).astype(np.uint8))
     pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return pixels, torch.arange(10).repeat_interleave(per_class)
@@ -418,14 +417,14 @@ class Preprocess:
         return cls(kind, mean, std, load(cache, "a cache").to(pixels.device))
 
     def __call__(self, pixels):
-        """uint8 pixels (n, c, h, w) -> network inputs, float32."""
+        """Pixels 0 .. 255 (n, c, h, w) -> network inputs, float32."""
         images = (pixels / 255 - self.mean) / self.std
         if self.whiten is not None:
             images = (images.flatten(1) @ self.whiten).view_as(images)
         return images
 
     def undo(self, images):
-        """Network inputs -> pixels in [0, 1], not clamped."""
+        """Network inputs -> pixels / 255, not clamped."""
         if self.whiten is not None:
             images = torch.linalg.solve(self.whiten, images.flatten(1), left=False).view_as(images)
         return images * self.std + self.mean
@@ -447,7 +446,7 @@ def transform(images, name, u):
     """Apply a transform of DSA with parameters u (n or 1, 3), uniform in [0, 1).
 
     color: brightness +-0.5, saturation 0 .. 2, contrast 0.5 .. 1.5; cutout: a square of half the
-    side; crop: a shift of at most 1/8 of it; scale: each axis by 1/1.2 .. 1.2; rotate: +-15 deg.
+    side; crop: a shift of up to side / 8; scale: each axis by 1/1.2 .. 1.2; rotate: +-15 deg.
     """
     side = images.shape[-1]
     if name == "color":
@@ -516,21 +515,19 @@ class ConvNet(nn.Module):
     def __init__(self, shape, classes, frepo=False, width=128):
         super().__init__()
         channels, _, size = shape
-        # 28x28 digits become 32x32 maps
+        # 28x28 gray images become 32x32 maps
         pad = 3 if (channels, size) == (1, 28) else 1
         size += 2 * (pad - 1)
         depth = max(1, round(math.log2(size)) - 2)
         self.kind = f"{'frepo-' * frepo}convnet{depth}"
         self.blocks = nn.Sequential()
         for i in range(depth):
-            self.blocks.append(nn.Conv2d(channels, width, 3, padding=1 if i else pad))
-            if not frepo:
-                self.blocks.append(nn.GroupNorm(width, width))
-            self.blocks.extend([nn.ReLU(inplace=True), AvgPool()])
+            conv = nn.Conv2d(channels, width, 3, padding=1 if i else pad)
+            norm = [] if frepo else [nn.GroupNorm(width, width)]
+            self.blocks.extend([conv, *norm, nn.ReLU(inplace=True), AvgPool()])
             channels = width
-            size //= 2
             width *= 2 if frepo else 1
-        self.classifier = nn.Linear(channels * size * size, classes)
+        self.classifier = nn.Linear(channels * (size // 2**depth) ** 2, classes)
 
     def reset(self, *key):
         """Draw torch's default initialization anew, on the network's device -> self."""
@@ -721,7 +718,7 @@ def save(content, path):
 
 
 def load(path, what, *keys):
-    """torch.load(weights_only=True) onto the CPU; `keys` must be in the file. Raises UserError."""
+    """torch.load(weights_only=True) onto the CPU; it must hold `keys`. Raises UserError."""
     try:
         content = torch.load(path, "cpu", weights_only=True)
         return content if not keys else {key: content[key] for key in (*content, *keys)}
@@ -771,7 +768,7 @@ def save_distilled(path, data, args, tensors, run, step_size=None):
 
 
 def save_grid(path, data, images, columns):
-    """Write images (n, c, h, w) as a PNG, `columns` in a row; whitening is undone."""
+    """Write images (n, c, h, w) as a PNG, `columns` in a row, preprocessing undone."""
     pixels = data.preprocess.undo(images.detach()).clamp(0, 1)
     pixels = F.interpolate(pixels, scale_factor=max(1, 64 // data.shape[-1]))
     buffer = io.BytesIO()
@@ -819,7 +816,7 @@ class Run:
             raise UserError(f"{self.path} has {self.start} iterations: use as many, or other --out")
 
     def restore(self, state, evaluate=None):
-        """Restore {name: tensor, module, optimizer} in place. evaluate(k) -> network, accuracy."""
+        """Restore tensors, modules, optimizers in place. evaluate(k=k) -> network, accuracy."""
         self.state = state
         self.evaluate = evaluate
         if self.start:

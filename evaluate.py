@@ -67,7 +67,7 @@ def read_distilled(path):
 def decode(distilled, device="cpu"):
     """All images of a distilled file (V, n, c, h, w), labels (n,) or soft (n, C)."""
     images = distilled.get("images", torch.empty(0))
-    # images as such, whatever the method (--tensors by HaBa's or KFS's protocol), by DM's decode
+    # full-size images, also from --tensors with HaBa's or KFS's protocol, need no decoder
     name = "dm" if list(images.shape[1:]) == distilled["shape"] else distilled["method"]
     return importlib.import_module(name).decode(distilled, device)
 
@@ -97,7 +97,7 @@ def join_files(paths, args):
     """Join files of the same data; the protocol is that of the first -> as open_file."""
     sets = [open_file(path, args) for path in paths]
     data, *_, protocol = sets[0]
-    if len({(x.fingerprint, x.flip, type(rule)) for x, *_, rule in sets}) > 1:
+    if len({(x.fingerprint, x.flip, rule.loss.__name__) for x, *_, rule in sets}) > 1:
         raise common.UserError("--join: the files differ in data, --flip or loss")
     joint, images, labels = join([part[1:4] for part in sets], data.classes, protocol)
     merges = {"per_class": sum, "stored_per_class": sum, "method": "+".join, "stem": "+".join}
@@ -165,12 +165,12 @@ def open_tensors(args):
     soft = labels.ndim == 2 and not labels.equal(nn.functional.one_hot(numbers, count).float())
     tensors = {"images": images, "labels": labels if soft else numbers}
 
-    # whitened images are told by their means, which hardly vary
+    # the means of whitened images hardly vary
     ours, real = ((x.mean(), x.std(), x.mean((1, 2, 3)).std()) for x in (images, data.train))
     text = "{:.2f} +- {:.2f} (means of images: +- {:.3f})"
     print(f"the tensors: {text.format(*ours)}; real, preprocessed alike: {text.format(*real)}")
     alike = all(1 / 4 < x / y < 4 for x, y in zip(ours[1:], real[1:], strict=True))
-    # network inputs have values below 0, which 0 .. 1 has not
+    # network inputs have negative values, 0 .. 1 has none
     if not alike or abs(ours[0] - real[0]) > real[1] or images.min() >= 0:
         print("these are far apart: are --zca, --pixels, --dataset and --protocol right?")
     settings = args.data | {method.Args.budget: len(images) // count, "iterations": 0}
@@ -227,7 +227,7 @@ def open_coreset(kind, args):
 
 
 def select(kind, data, args):
-    """Select the images of a core-set greedily: at each step that of the lowest cost."""
+    """Select a core-set greedily: at each step the image with the lowest cost."""
     name = f"features_{data.fingerprint}_{data.flip}_{args.seed}.pt"
     path = pathlib.Path(args.data_dir) / ".cache" / name
     if not path.exists():
@@ -259,7 +259,7 @@ def learn_features(data, args):
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(args.seed, "features")
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     real = (data.train[None], data.train_labels, common.Protocol())
-    # fractions, which break ties
+    # random fractions break ties
     forgotten = torch.rand(len(data.train), device=data.device)
     correct = torch.zeros_like(forgotten).bool()
     for epoch in common.progress(range(20), "epochs for core-sets"):
@@ -285,7 +285,7 @@ PLANS = {
 def build_network(name, shape, classes):
     """Build a network for images of `shape` (c, h, w); `.kind` is its name.
 
-    In the field's form for small images, with instance norm; parameters for 3x32x32, 10 classes:
+    In the usual form for small images, with instance norm; parameters for 3x32x32, 10 classes:
     convnet 320,010; alexnet (DC's, no norm) 1,872,202; vgg11 9,231,114; resnet10 4,903,242;
     resnet18 11,173,962; densenet121 6,956,426. Any other name is torchvision's model, unchanged.
     """
@@ -369,9 +369,8 @@ def read_corruptions(folder, data):
             "blur": [gaussian_blur(pixels, 9, s) for s in (0.4, 0.6, 0.7, 0.8, 1.0)],
             "contrast": [mean + s * (pixels - mean) for s in (0.75, 0.5, 0.4, 0.3, 0.15)],
         }
-        for kind, images in kinds.items():
-            kinds[kind] = (255 * torch.stack(images).clamp(0, 1)).round().byte()
-        return kinds, data.test_labels
+        levels = {kind: torch.stack(images).clamp(0, 1) for kind, images in kinds.items()}
+        return {kind: (255 * x).round().byte() for kind, x in levels.items()}, data.test_labels
     c, h, w = data.shape
     paths = sorted(pathlib.Path(folder).glob("*.npy"))
     arrays = {path.stem: read_tensors(path, data)[0] for path in paths}
@@ -415,7 +414,7 @@ def continual(args):
         raise common.UserError("--continual: leave out --mode pretrain, --fixed-decoders")
     if count < 2 * args.steps or options.iterations == 0:
         raise common.UserError(f"{data.name}: --steps {count // 2} at most, --iterations 1 or more")
-    # with the iterations, as KFS's later steps are for the decoders of its first
+    # KFS's later steps depend on its first decoders, so on the iterations, too
     budget = getattr(options, options.budget)
     name = f"continual_{args.continual}_{data.name}_{budget}_{args.steps}_{options.iterations}"
     options.out = str(pathlib.Path(args.out) / name)
@@ -487,7 +486,7 @@ def export(path, args):
 
 
 def jobs(args):
-    """Arguments of common.score for each set, network and number of epochs."""
+    """Yield common.score's arguments for each set, network and number of epochs."""
     sets = [join_files(args.files, args)] if args.join else []
     sets += [open_file(path, args) for path in args.files * (not args.join)]
     sets += [open_coreset(kind, args) for kind in args.coreset]
@@ -518,9 +517,9 @@ def parse(argv=None):
     add("--ipc", type=int, default=10, help="images per class for --coreset, --continual (10)")
     add("--out", default="out", help="folder of results.jsonl (out)")
     args, flags = parser.parse_known_args(argv)
-    # with --continual, the flags below are those of its method
+    # not with --continual, whose other flags are its method's
     add("--help", action="help", help="print this")
-    add("--network", nargs="+", default=[""], metavar="X", help=f"{NETWORKS}, torchvision's")
+    add("--network", nargs="+", default=[""], metavar="X", help=f"{NETWORKS}, or torchvision's")
     add("--epochs", nargs="+", type=int, default=[0], metavar="N", help="0: those of the file")
     add("--runs", type=int, default=5, help="networks trained for a score (5)")
     add("--save", metavar="DIR", help="write each trained network")
@@ -541,12 +540,13 @@ def parse(argv=None):
     add("--export", metavar="DIR", help="write the images of a file as PNG")
     args, files = parser.parse_known_args([] if args.continual else argv, args)
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    places = {"dataset", "size", "zca", "flip", "data_dir", "device"}
-    args.data = {name: given[name] for name in given.keys() & places}
+    places = ("dataset", "size", "zca", "flip", "data_dir", "device")
+    args.data = {name: given[name] for name in places if name in given}
     if pathlib.Path(args.dataset or "").name in ("mnist", "svhn"):
         args.data["flip"] = False
     unknown = [word for word in files if word.startswith("-")]
     count = len(files) + bool(args.tensors)
+    repeated = len(files) - len({*files})
     least = min(args.ipc, args.runs, args.steps, args.orders, 1 + min(args.epochs))
     # the flags that only some tasks read
     reads = {"tensors": {"protocol", "pixels", "step_size", "zca", "flip"}}
@@ -565,7 +565,7 @@ def parse(argv=None):
         "--tensors need --protocol, --dataset (mtt, haba: --step-size)": args.tensors and not named,
         f"no effect on this: {', '.join(idle)}": idle,
         "--export takes one file; no --save, --corruption": args.export and (count != 1 or others),
-        "--join takes two files and more, each once": args.join and not 1 < len({*files}) == count,
+        "--join takes two files and more, each once": args.join and (count < 2 or repeated),
         "--coreset beside files needs --dataset": args.coreset and files and not args.dataset,
         f"{' '.join(full)} is not empty: give a new folder to --save, --export": full,
     }

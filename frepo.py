@@ -40,13 +40,13 @@ class Args(common.Args):
     ipc: int = arg(1, "synthetic images per class")
     iterations: int = arg(500000, "iterations of the distillation")
     zca: bool = arg(True, "whiten the images")
-    lr: float = arg(3e-4, "first learning rate of images and labels (LAMB), a cosine to a tenth")
+    lr: float = arg(3e-4, "initial rate of images and labels (LAMB), cosine to a tenth")
     batch_real: int = arg(1024, "real images in an iteration, |X_t|")
     ridge: float = arg(1e-6, "lambda, in units of trace(K_ss) / n")
     pool: int = arg(10, "networks in the pool")
     max_age: int = arg(100, "steps after which a network is replaced")
     lr_pool: float = arg(3e-4, "learning rate of the networks (Adam)")
-    batch_pool: int = arg(500, "at most so many synthetic images in a step of a network")
+    batch_pool: int = arg(500, "synthetic images in a network's step, at most")
     mirror: bool = arg(True, "use mirror images of the synthetic images as well")
     weight_margin: float = arg(1.0, "weight of margin_loss")
 
@@ -98,7 +98,7 @@ def center_labels(labels, classes, scale=1.0):
 
 
 def margin_loss(labels):
-    """Reward the gap of the two largest labels: -min(first - second, 1 / C), mean over (n, C)."""
+    """Reward the gap of the two largest labels: -min(first - second, 1 / C), mean over images."""
     first, second = labels.topk(2).values.T
     return -(first - second).clamp(max=1 / labels.shape[1]).mean()
 

@@ -38,7 +38,7 @@ class Args(common.Args):
     bpc: int = arg(1, "bases per class, |B| / C")
     objective: Literal["mtt", "dm", "dc"] = arg("mtt", "L_DD: MTT's, DM's or DC's (Tab. 2)")
     iterations: int = arg(15000, "iterations of the distillation; mtt, 0: train experts only", 0)
-    hallucinators: int = arg(5, "|H|: hallucinators; 0: bases are images, enlarged", 0)
+    hallucinators: int = arg(5, "|H|: hallucinators; 0: none, bases are images", 0)
     class_hallucinators: bool = arg(False, "each class has |H| hallucinators of its own (Tab. 5)")
     share_conv: bool = arg(False, "all hallucinators share encoder and decoder (supplement Tab. 5)")
     depth: Literal[0, 1, 2, 3] = arg(1, "convolutions in the encoder, and in the decoder")
@@ -51,7 +51,7 @@ class Args(common.Args):
     weight_con: float = arg(0.1, "lambda_con: weight of L_con (Eq. 4)")
     weight_task: float = arg(1.0, "lambda_task: weight of the cross-entropy of F (Eq. 4)")
     dsa: bool = arg(True, "augment hallucinated images by DSA (Tab. 6); experts always have it")
-    batch: int = arg(0, "bases per student step, Eq. 4, 5 (paper: 300 if over 1,000); 0: all", 0)
+    batch: int = arg(0, "bases per student step and Eq. 4, 5 (paper: 300 of > 1,000); 0: all", 0)
     experts: int = arg(100, "mtt: expert trajectories; missing ones are trained")
     student_steps: int = arg(30, "mtt: N, student steps per iteration")
     expert_epochs: int = arg(2, "mtt: M, expert epochs to match")
@@ -212,7 +212,7 @@ def train_expert(data, path, epochs):
 
 
 def sample_segment(experts, args, *key):
-    """Draw an expert and t < max_start (MTT: <=) -> its parameters at t and t + M, each (P,)."""
+    """Draw an expert and t < max_start -> its parameters at t and t + M, each (P,)."""
     expert = experts[common.hash_int(*key, "expert") % len(experts)]
     t = common.hash_int(*key, "start") % args.max_start
     return expert[t], expert[t + args.expert_epochs]
@@ -340,7 +340,7 @@ def distill(data, args, path):
     state |= {"optimizer": optimizer, "adversary_optimizer": adversary_optimizer}
     run.restore(state, evaluate)
     steps = args.student_steps
-    # the last steps keep their graphs: as many as have 550 images of 32x32, less two
+    # the last steps keep their graphs: 550 images of 32x32 in total, less two steps
     kept = 550 * 32 * 32 // (args.batch or len(bases)) // data.train[0, 0].numel() - 2
     use_adversary = args.hallucinators > 1 and args.weight_cos > 0
     for it in common.progress(range(run.start, args.iterations), "iterations"):
@@ -396,7 +396,7 @@ def student_batch(factors, data, args, it, n):
 
 
 def hallucinate_pair(factors, data, args, it):
-    """Bases by two hallucinators -> images (2 b, c, h, w), labels (2 b,). DSA as in their code."""
+    """Bases by two hallucinators -> images (2 b, c, h, w), labels (2 b,). DSA as the authors'."""
     key = (args.seed, it, "pair")
     index = student_indices(len(factors.bases), args.batch, 0, *key, device=data.device)
     j = common.hash_int(*key, "j") % args.hallucinators
@@ -411,7 +411,6 @@ def match_classes(net, factors, data, args, it):
     Siamese DSA. All hallucinators take part: two would bias the gradient (KFS Eq. 2).
     """
     images = factors.all_images()
-    # collects the gradient of all classes
     leaf = images.detach().requires_grad_()
     if args.objective == "dm" or it % args.matches == 0:
         net.reset(args.seed, it)

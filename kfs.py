@@ -43,7 +43,7 @@ class Args(common.Args):
     high_res: bool = arg(False, "High-R: codes of 1/4 side, 2-layer decoders (else 1/8, 3 layers)")
     codes: int = arg(0, "M: codes per class; 0: as many as fit into the storage", 0)
     decoders: int = arg(8, "D: decoders")
-    pretrain: int = arg(2000, "auto-encoder steps; it initializes codes and decoders")
+    pretrain: int = arg(2000, "steps of the auto-encoder that starts codes, decoders")
     real_means: int = arg(0, "K: stored networks, used in turn; 0: a new one in each iteration", 0)
     sample_decoders: int = arg(0, "decoders in an iteration (biased gradient, Eq. 2); 0: all", 0)
     batch_real: int = arg(0, "real images per class and iteration (noisy, Eq. 3); 0: all", 0)
@@ -157,7 +157,7 @@ def distill(data, args, path):
     run = common.Run(path, data, args, inputs=weights)
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).requires_grad_(False)
     real_means = load_real_means(net, data, args) if args.real_means else None
-    # the checkpoint of a run that is continued takes the place of the pre-training
+    # a continued run takes codes and decoders from its checkpoint
     codes, decoders = start_factors(data, replace(args, pretrain=0) if run.start else args, fixed)
     groups = [
         {"params": [codes.requires_grad_()], "lr": args.lr_codes},

@@ -98,7 +98,7 @@ def train_expert(data, path, epochs):
 
 
 def sample_segment(experts, args, *key):
-    """Draw an expert and t < max_start (MTT: <=) -> its parameters at t and t + M, each (P,)."""
+    """Draw an expert and t < max_start -> its parameters at t and t + M, each (P,)."""
     expert = experts[common.hash_int(*key, "expert") % len(experts)]
     t = common.hash_int(*key, "start") % args.max_start
     return expert[t], expert[t + args.expert_epochs]
@@ -207,7 +207,7 @@ def distill(data, args, path):
     optimizer = torch.optim.SGD([images], lr=args.lr_images, momentum=0.5)
     step_size_optimizer = torch.optim.SGD([step_size], lr=args.lr_step, momentum=0.5)
     steps = args.student_steps
-    # the last steps keep their graphs: as many as have 550 images of 32x32, less two
+    # the last steps keep their graphs: 550 images of 32x32 in total, less two steps
     kept = 550 * 32 * 32 // (args.batch or len(images)) // data.train[0, 0].numel() - 2
 
     state = {"images": images, "step_size": step_size}

@@ -112,7 +112,7 @@ def center_labels(labels, classes, scale=1.0):
 
 
 def margin_loss(labels):
-    """Reward the gap of the two largest labels: -min(first - second, 1 / C), mean over (n, C)."""
+    """Reward the gap of the two largest labels: -min(first - second, 1 / C), mean over images."""
     first, second = labels.topk(2).values.T
     return -(first - second).clamp(max=1 / labels.shape[1]).mean()
 
@@ -205,16 +205,14 @@ class Translator(nn.Module):
 
 
 def build_network(data):
-    """FRePo's ConvNet; theta's convolutions are equal for RGB data sets of a size and devices."""
+    """FRePo's ConvNet; RGB data sets of one size get the same convolutions, on every device."""
     net = common.ConvNet(data.shape, len(data.classes), frepo=True)
     return net.requires_grad_(False).reset("theta").to(data.device)
 
 
 def fit(net, images, labels, data):
-    """Compute w* (d, C) of Eq. 2 for synthetic images and labels."""
-    # Ours-DS has images of half the side
+    """Compute w* (d, C) of Eq. 2, with mirror images as in FRePo; Ours-DS: images enlarged."""
     images = F.interpolate(images, data.shape[1:], mode="bilinear")
-    # with mirror images, as in FRePo
     if data.flip:
         images = torch.cat([images, images.flip(3)])
         labels = labels.repeat(2, 1)
@@ -241,7 +239,7 @@ def start_synthetic(data, args, *key):
 
 def quadratic_form(theta, data):
     """Coefficients of Eq. 2, a quadratic in w: f^T f / m (d, d), f^T y / m (d, C), ||y||^2 / m."""
-    # features of all real images (m, d); with the coefficients, no step has to read them again
+    # Alg. 2, line 5: features of all real images (m, d), which no step has to read again
     f = common.frozen_features(theta, data.train)
     y = center_labels(data.train_labels, len(data.classes))
     return f.T @ f / len(f), f.T @ y / len(f), y.square().sum() / len(f)
@@ -251,7 +249,6 @@ def distill_in_one_network(theta, images, labels, data, args, path):
     """Distill `data` in theta (Alg. 2, lines 5 to 10) -> images, labels, common.Run."""
     run = common.Run(path, data, args)
     if args.mode != "baseline":
-        # line 5
         gram, cross, constant = quadratic_form(theta, data)
     optimizer = torch.optim.Adam([images, labels], lr=args.lr)
     run.restore({"images": images, "labels": labels, "optimizer": optimizer})
@@ -291,7 +288,7 @@ def cached_subset(data, n, args):
     key = (data.fingerprint, data.flip, index.tolist(), ipc, args.iterations, args.lr, args.seed)
     path = pathlib.Path(args.data_dir) / "subsets" / data.name / f"{common.hash_int(*key):016x}.pt"
     if not path.exists():
-        # what the subset depends on, as any run continues its checkpoint
+        # only what the subset depends on: any run may continue it
         args = Args(ipc=ipc, iterations=args.iterations, lr=args.lr, seed=args.seed)
         start = start_synthetic(subset, args, args.seed, "start")
         # DSA, "to mimic the cases of larger datasets" (Sec. 4.1): one transformed copy per image
@@ -330,7 +327,7 @@ def reconstruction_loss(translator, data, args, i):
 def bilevel_loss(theta, net, data, args, i, alpha=1e-3):
     """Compute Alg. 1's loss (lines 3 to 13): T steps in theta, then Eq. 2 in a random network.
 
-    One graph holds all steps: memory grows with T. alpha is Table 1's; line 4 has all real images.
+    Memory grows with T. alpha: Table 1's. Lines 4, 11: all real images, here one batch for both.
     """
     key = (args.seed, "space", i)
     # lines 3, 4
@@ -420,7 +417,7 @@ def distill(data, args, path):
         seconds += train(theta, loss_of, args.outer_steps, args.lr_adapt, data, args, file)
 
     if args.mode not in ADAPTED:
-        # 4k steps for all (Sec. 4.3)
+        # 4k steps in all modes (Sec. 4.3)
         args = replace(args, iterations=args.iterations + args.adapt_steps)
     start = start_synthetic(data, args, args.seed, "start")
     images, labels, run = distill_in_one_network(theta, *start, data, args, path)
@@ -428,8 +425,7 @@ def distill(data, args, path):
     if args.mode in ADAPTED:
         loss_of = partial(adaptation_loss, translator, net, images, labels, data, args)
         file = path.with_name(f"{path.stem}_adapted.pt")
-        weights = nn.utils.parameters_to_vector(translator.parameters()).detach()
-        inputs = torch.cat([images.flatten(), labels.flatten(), weights])
+        inputs = nn.utils.parameters_to_vector([images, labels, *translator.parameters()])
         rest = (args.adapt_steps, args.lr_adapt, data, args, file)
         seconds += train(translator, loss_of, *rest, inputs=inputs)
     images = translator(images)

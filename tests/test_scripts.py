@@ -430,7 +430,7 @@ def test_train_network(method, finished, home, call, tmp_path, capsys):
         assert capsys.readouterr().out
 
 
-def test_join(finished, call):
+def test_join(finished, home, call):
     """Two sets of one preprocessing become one; others are refused."""
     call("dm", "--seed", 1)
     paths = [finished("dm") / distilled_path("dm"), "out/dm_tiny_ipc1_seed1.pt"]
@@ -455,7 +455,13 @@ def test_join(finished, call):
     rates = [load(path)["step_size"] for path in (haba, mtt)]
     assert joint["step_size"] == sum(rates) / 2
     assert load(mtt)["experts"] == ["seed0_expert000.pt"] and not load(paths[0])["experts"]
-    status, err = call("evaluate", paths[0], finished("frepo") / distilled_path("frepo"), "--join")
+    frepo, translator = (finished(x) / distilled_path(x) for x in ("frepo", "translator_fewshot"))
+    joint = evaluate.join_files([frepo, translator], evaluate.parse(["x"]))[1]
+    assert joint["method"] == "frepo+translator_fewshot"
+    np.save("i.npy", evaluate.training_set(paths[0])[0])
+    flags = ["--tensors", "i.npy", "--protocol", "dm", "--dataset", home, "--join"]
+    assert call("evaluate", paths[1], *flags)[0] == 0
+    status, err = call("evaluate", paths[0], frepo, "--join")
     assert status == 2 and "differ in data" in err.splitlines()[-1]
 
 
