@@ -1,6 +1,6 @@
 """Draw the measurements in results/: curves of each method, and all methods beside their papers.
 
-    python results/plot.py            # writes results/curves.png and results/methods.png
+    python results/plot.py            # writes curves.png, methods.png, haba_dm_curves.png
 
 Needs matplotlib. A run is named by its distilled file, results/<stem>.pt, with its evaluations;
 losses are in <stem>.csv, the final score in results.jsonl, the paper's in targets.csv.
@@ -32,6 +32,11 @@ RUNS = {
     "frepo_cifar10_ipc1": "FRePo",
     "translator_fewshot_adapted_cifar10_ipc1": "translator",
     "dm_cifar10_ipc1": "DM",
+}
+# HaBa with DM's objective and as many images without hallucinators as it stores
+PAIR = {
+    "haba_dm_cifar10_bpc1": "one basis, five hallucinators",
+    "haba_dm_cifar10_bpc2": "two images",
 }
 COLOR = "#0b6e99"
 GRAY = "#777777"
@@ -120,6 +125,25 @@ def draw_methods(axes, found):
     axes.tick_params(axis="y", length=0)
 
 
+def draw_pair(accuracy, loss):
+    """Accuracy and smoothed loss of the runs of PAIR over iterations."""
+    for (stem, title), color in zip(PAIR.items(), (COLOR, GRAY), strict=True):
+        row, losses, _ = read_run(stem)
+        end = row["iterations"]
+        accuracy.plot(*zip(*row["evaluations"], strict=True), ".-", color=color, lw=1.2, ms=4)
+        accuracy.errorbar(end, row["accuracy"], row["std"], fmt="o", color=color, ms=4, capsize=2)
+        label(accuracy, end, row["accuracy"] + row["std"], f"{row['accuracy']:.1f}", color)
+        loss.plot(losses[:, 0], losses[:, 1], color=color, lw=0.6, alpha=0.3)
+        loss.plot(losses[:, 0], smooth(losses[:, 1]), color=color, lw=1.2)
+        label(loss, end, 1.07 * smooth(losses[:, 1])[-1], title, color, ha="right")
+    accuracy.set(ylabel="test accuracy, %", xlabel="iterations")
+    loss.set(ylabel="loss", xlabel="iterations", yscale="log")
+    loss.yaxis.set_minor_formatter("{x:.0f}")
+    for axes in (accuracy, loss):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(which="both", labelsize=8)
+
+
 def main():
     found = []
     for stem, title in RUNS.items():
@@ -134,6 +158,9 @@ def main():
     figure, axes = plt.subplots(figsize=(8, 0.62 * len(found) + 0.9), layout="constrained")
     draw_methods(axes, found)
     figure.savefig(HERE / "methods.png", dpi=110)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    draw_pair(*axes)
+    figure.savefig(HERE / "haba_dm_curves.png", dpi=110)
 
 
 if __name__ == "__main__":
