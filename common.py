@@ -171,10 +171,15 @@ def setup(args):
     return torch.device(device)
 
 
-def autocast(device):
-    """A context: bfloat16 on CPUs with AVX-512 BF16; else float32 (GPU: TF32 in convolutions)."""
-    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+def fast_type(x):
+    """bfloat16 for float32 on CPUs with AVX-512 BF16; else x.dtype (GPU: TF32 in convolutions)."""
+    fast = x.dtype == torch.float32 and not x.is_cuda and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else x.dtype
+
+
+def autocast(x):
+    """A context in which convolutions and matrix products compute in fast_type(x)."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast_type(x) == torch.bfloat16)
 
 
 # ------------------------------------------------------------ data
@@ -549,7 +554,7 @@ class ConvNet(nn.Module):
 @torch.no_grad()
 def frozen_features(net, images):
     """net.features without a graph, 512 images at a time -> (n, d) of the images' type."""
-    with autocast(images.device):
+    with autocast(images):
         return torch.cat([net.features(x).to(images.dtype) for x in images.split(512)])
 
 
@@ -605,7 +610,7 @@ def train_epoch(net, optimizer, data, images, labels, protocol, *key):
         targets = labels[i]
         if protocol.mix:
             inputs, targets = protocol.mix(inputs, targets, *key, step)
-        with autocast(data.device):
+        with autocast(inputs):
             loss = protocol.loss(net(inputs).float(), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -636,7 +641,7 @@ def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
 @torch.no_grad()
 def accuracy(net, images, labels):
     """Percentage of images (n, c, h, w) classified as `labels` (n,)."""
-    with autocast(images.device):
+    with autocast(images):
         predicted = torch.cat([net(x).argmax(1) for x in images.split(500)])
     return 100 * (predicted == labels).float().mean().item()
 

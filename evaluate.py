@@ -265,7 +265,7 @@ def learn_features(data, args):
     for epoch in common.progress(range(20), "epochs for core-sets"):
         common.train_epoch(net, sgd, data, *real, args.seed, epoch)
         features = common.frozen_features(net, data.train)
-        with torch.no_grad(), common.autocast(data.device):
+        with torch.no_grad(), common.autocast(data.train):
             wrong = net.classifier(features).argmax(1) != data.train_labels
         # images that were never correct have no event (Toneva et al. 2019 put them first)
         forgotten += correct & wrong

@@ -243,8 +243,8 @@ def unflatten(net, flat):
 def student_gradient(net, params, images, labels, create_graph=True):
     """Compute the gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf."""
     # bfloat16 where the CPU has it; its error in the images' gradient: results/speed.md
-    with common.autocast(params.device):
-        logits = functional_call(net, unflatten(net, params), images)
+    fast = common.fast_type(params)
+    logits = functional_call(net, unflatten(net, params.to(fast)), images.to(fast))
     loss = F.cross_entropy(logits.to(params.dtype), labels)
     return torch.autograd.grad(loss, params, create_graph=create_graph)[0]
 

@@ -221,7 +221,7 @@ def match_distribution(net, target, codes, decoders, args, *key):
     per_class = len(images) // classes
     adjoint = (gap / (classes * per_class)).repeat_interleave(per_class, 0)
     for x, a in zip(leaf.split(512), adjoint.split(512), strict=True):
-        with common.autocast(codes.device):
+        with common.autocast(x):
             net.features(x).backward(a)
     images.backward(leaf.grad)
     return gap.square().sum() / (2 * classes)
@@ -237,8 +237,8 @@ def load_real_means(net, data, args):
     """Load or compute K random networks (K, P) and their class means (K, C, d) (Sec. 3.2)."""
     if args.batch_real:
         raise common.UserError("--real-means are over all real images: leave out --batch-real")
-    with common.autocast(data.device):
-        name = f"{data.name}_{data.fingerprint}" + "_bf16" * torch.is_autocast_enabled("cpu")
+    low = common.fast_type(data.train) == torch.bfloat16
+    name = f"{data.name}_{data.fingerprint}" + "_bf16" * low
     stored = []
     for k in common.progress(range(args.real_means), "real means"):
         path = pathlib.Path(args.data_dir) / "real_means" / name / f"network{k:05d}.pt"

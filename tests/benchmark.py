@@ -114,7 +114,7 @@ def distill(module, device, **settings):
 
 
 def rows(device, quick):
-    """Yield name, images, operations in float32 and in autocast's type, work."""
+    """Yield name, images, operations in float32 and in common.fast_type, work."""
     data, net = make_data(device, 100), common.ConvNet(SHAPE, CLASSES).to(device)
     score = partial(repeat, common.train_and_test, data, data.train[None], data.train_labels)
     work = partial(score, common.Protocol(), common.Args(epochs=20))
@@ -127,9 +127,9 @@ def rows(device, quick):
         n = CLASSES * ipc
         for steps in (10,) if quick else (10, 20, 40):
             work = partial(distill, mtt, device, ipc=ipc, student_steps=steps)
-            yield f"MTT, {ipc} a class, {steps} steps", n * steps, 9 * n * steps * CONVNET, 0, work
+            yield f"MTT, {ipc} a class, {steps} steps", n * steps, 0, 9 * n * steps * CONVNET, work
         work = partial(distill, haba, device, bpc=ipc, student_steps=10)
-        yield f"HaBa, {ipc} a class, 10 steps", 14 * n, 100 * n * CONVNET, 0, work
+        yield f"HaBa, {ipc} a class, 10 steps", 14 * n, 10 * n * CONVNET, 90 * n * CONVNET, work
         work, pooled = partial(distill, frepo, device, ipc=ipc), min(n, 500)
         floor = (4 * n + 3 * pooled) * FREPO, 1024 * FREPO
         yield f"FRePo, {ipc} a class, 1,024 real", 1024 + 2 * n + pooled, *floor, work
@@ -152,8 +152,7 @@ def main():
     experts = torch.randn(2, 30, 320010, device=device) / 100
     common.Run = Timer
     mtt.load_experts = haba.load_experts = lambda *_: experts
-    with common.autocast(device):
-        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    low = common.fast_type(experts)
     rates = matmul_rate(device, torch.float32), matmul_rate(device, low)
     speed = f"{rates[0] / 1e9:.0f} GFLOP/s in float32, {rates[1] / 1e9:.0f} in {low}"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {speed}\n")

@@ -217,7 +217,9 @@ def test_kfs(settings, networks, data, tmp_path, monkeypatch):
         rest = (common.ConvNet(data.shape, 3), data, args)
         assert len(kfs.load_real_means(*rest)[1]) == 2
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-        pytest.raises(TypeError, kfs.load_real_means, *rest)  # but not in another precision
+        single = dataclasses.replace(data, train=data.train.to(torch.float32))
+        with pytest.raises(TypeError):  # but not in another precision
+            kfs.load_real_means(rest[0], single, args)
 
 
 def test_fixed_decoders(data, tmp_path):
