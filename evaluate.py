@@ -352,8 +352,10 @@ def classify(network_file, *pictures):
     stored = common.load(network_file, "a network of evaluate.py --save", *names)
     net = build_network(stored["network"], stored["shape"], len(stored["classes"]))
     net.load_state_dict(stored["weights"])
-    pixels = read_pictures(pictures, stored["shape"])
-    numbers = net.eval()(common.Preprocess(**stored["preprocess"])(pixels)).argmax(1)
+    inputs = common.Preprocess(**stored["preprocess"])(read_pictures(pictures, stored["shape"]))
+    # in the type of common.accuracy, or near ties differ
+    with common.autocast(inputs):
+        numbers = net.eval()(inputs).argmax(1)
     return [stored["classes"][number] for number in numbers]
 
 
