@@ -77,14 +77,27 @@ def label(axes, x, y, text, color, **more):
     axes.annotate(text, (x, y), (0, 2), textcoords="offset points", color=color, fontsize=8, **more)
 
 
+def draw_run(accuracy, loss, row, losses, color):
+    """Evaluations and final score over iterations; the loss, also smoothed -> its last value."""
+    if row["evaluations"]:
+        accuracy.plot(*zip(*row["evaluations"], strict=True), ".-", color=color, lw=1.2, ms=4)
+    score = (row["iterations"], row["accuracy"], row["std"])
+    accuracy.errorbar(*score, fmt="o", color=color, ms=4, capsize=2)
+    smoothed = smooth(losses[:, 1])
+    loss.plot(losses[:, 0], losses[:, 1], color=color, lw=0.6, alpha=0.3)
+    loss.plot(losses[:, 0], smoothed, color=color, lw=1.2)
+    for axes in (accuracy, loss):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(which="both", labelsize=8)
+    return smoothed[-1]
+
+
 def draw_panel(accuracy, loss, title, row, losses):
     """Accuracy over iterations above, the smoothed loss below."""
     end = row["iterations"]
     left = min(10, losses[0, 0])
     accuracy.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    if row["evaluations"]:
-        accuracy.plot(*zip(*row["evaluations"], strict=True), ".-", color=COLOR, lw=1.2, ms=4)
-    accuracy.errorbar(end, row["accuracy"], row["std"], fmt="o", color=COLOR, ms=4, capsize=2)
+    draw_run(accuracy, loss, row, losses, COLOR)
     label(accuracy, end, row["accuracy"] + row["std"], f"{row['accuracy']:.1f}", COLOR, ha="right")
     if row["paper"]:
         accuracy.axhline(row["paper"], color=GRAY, ls="--", lw=1)
@@ -93,14 +106,9 @@ def draw_panel(accuracy, loss, title, row, losses):
     label(accuracy, left, row["random"], f"random real images {row['random']:.1f}", GRAY)
     top = max(row["accuracy"], row["paper"] or 0)
     accuracy.set(ylabel="test accuracy, %", ylim=(0, top * 1.15))
-    loss.plot(losses[:, 0], losses[:, 1], color=COLOR, lw=0.6, alpha=0.3)
-    loss.plot(losses[:, 0], smooth(losses[:, 1]), color=COLOR, lw=1.2)
     loss.set(ylabel="loss", xscale="log", xlim=(left, end * 1.3), xlabel="iterations")
     loss.yaxis.set_major_locator(MaxNLocator(3))
     loss.xaxis.set_minor_formatter(NullFormatter())
-    for axes in (accuracy, loss):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
 
 
 def draw_methods(axes, found):
@@ -130,18 +138,12 @@ def draw_pair(accuracy, loss):
     for (stem, title), color in zip(PAIR.items(), (COLOR, GRAY), strict=True):
         row, losses, _ = read_run(stem)
         end = row["iterations"]
-        accuracy.plot(*zip(*row["evaluations"], strict=True), ".-", color=color, lw=1.2, ms=4)
-        accuracy.errorbar(end, row["accuracy"], row["std"], fmt="o", color=color, ms=4, capsize=2)
+        last = draw_run(accuracy, loss, row, losses, color)
         label(accuracy, end, row["accuracy"] + row["std"], f"{row['accuracy']:.1f}", color)
-        loss.plot(losses[:, 0], losses[:, 1], color=color, lw=0.6, alpha=0.3)
-        loss.plot(losses[:, 0], smooth(losses[:, 1]), color=color, lw=1.2)
-        label(loss, end, 1.07 * smooth(losses[:, 1])[-1], title, color, ha="right")
+        label(loss, end, 1.07 * last, title, color, ha="right")
     accuracy.set(ylabel="test accuracy, %", xlabel="iterations")
     loss.set(ylabel="loss", xlabel="iterations", yscale="log")
     loss.yaxis.set_minor_formatter("{x:.0f}")
-    for axes in (accuracy, loss):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(which="both", labelsize=8)
 
 
 def main():
