@@ -219,7 +219,9 @@ def test_convnet():
         out = net.train(mode)(images), plain.train(mode)(images)
         torch.testing.assert_close(*out)
         torch.testing.assert_close(*(torch.autograd.grad(y.exp().sum(), images)[0] for y in out))
-    torch.testing.assert_close(net.features(images), plain[:-1](images))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        inputs = images.contiguous(memory_format=layout)
+        torch.testing.assert_close(net.features(inputs), plain[:-1](images))
 
 
 @pytest.mark.parametrize("side, channels, depth", [(28, 1, 3), (32, 3, 3), (64, 3, 4), (128, 3, 5)])
