@@ -269,7 +269,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
 
     start, target (P,): theta*_t, theta*_{t+M}; batch(n): images and labels of step n, the same in
     each call; their leaves collect gradients. -> loss, gradient of alpha, the step size (0-d).
-    The last `kept` steps (on a GPU none) keep their graphs, the others are computed again.
+    The last `kept` steps (GPU: none) keep their autograd graph, the others are recomputed.
     """
     alpha = step_size.detach()
     student = start
@@ -388,7 +388,7 @@ def distill(data, args, path):
 
 
 def student_batch(factors, data, args, it, n):
-    """Images, labels of step n by one hallucinator, as in the authors' code (Alg. 1: two)."""
+    """Images, labels of step n by one hallucinator, as in the authors' code (Sec. 4.1: two)."""
     key = (args.seed, it, "batch")
     index = student_indices(len(factors.bases), args.batch, n, *key, device=data.device)
     j = common.hash_int(*key, n, "hallucinator") % len(factors.hallucinators)

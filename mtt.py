@@ -155,7 +155,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
 
     start, target (P,): theta*_t, theta*_{t+M}; batch(n): images and labels of step n, the same in
     each call; their leaves collect gradients. -> loss, gradient of alpha, the step size (0-d).
-    The last `kept` steps (on a GPU none) keep their graphs, the others are computed again.
+    The last `kept` steps (GPU: none) keep their autograd graph, the others are recomputed.
     """
     alpha = step_size.detach()
     student = start

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tables of the HaBa paper as commands, one row a line: bash results/haba_tables.sh tab3
 # Each runs at the paper's budget (HaBa with trajectories: 100 experts, 15,000 iterations): pick
-# lines. BPC 10 stands for the columns 1 (Tab. 4, 5: --bpc 3 --basis-channels 1), 10, 50. Five hallucinators take the storage of 1.03 images a class, so n bases are
+# lines. Lines are for BPC 10; edit --bpc (1 in Tab. 4, 5: 3 --basis-channels 1). Five hallucinators take the storage of 1.03 images a class, so n bases are
 # compared with n + 1 images. Each row writes to a folder of its own, out/<row>. Images without
 # hallucinators have MTT's effective rate (--lr-bases 10 at momentum 0.95); bases whose number asks for
 # the preset of 50 images keep the step size of that of 10.
