@@ -651,11 +651,15 @@ def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
 
 
 @torch.no_grad()
+def predict(net, images):
+    """Predict the classes (n,) of images (n, c, h, w), 500 at a time."""
+    with autocast(images):
+        return torch.cat([net(x).argmax(1) for x in images.split(500)])
+
+
 def accuracy(net, images, labels):
     """Percentage of images (n, c, h, w) classified as `labels` (n,)."""
-    with autocast(images):
-        predicted = torch.cat([net(x).argmax(1) for x in images.split(500)])
-    return 100 * (predicted == labels).float().mean().item()
+    return 100 * (predict(net, images) == labels).float().mean().item()
 
 
 def score(data, distilled, images, labels, protocol, args):

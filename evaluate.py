@@ -265,8 +265,7 @@ def learn_features(data, args):
     for epoch in common.progress(range(20), "epochs for core-sets"):
         common.train_epoch(net, sgd, data, *real, args.seed, epoch)
         features = common.frozen_features(net, data.train)
-        with torch.no_grad(), common.autocast(data.train):
-            wrong = net.classifier(features).argmax(1) != data.train_labels
+        wrong = common.predict(net.classifier, features) != data.train_labels
         # images that were never correct have no event (Toneva et al. 2019 put them first)
         forgotten += correct & wrong
         correct = ~wrong
@@ -345,7 +344,6 @@ def save_networks(folder, job, row, trained):
         print(f"wrote {path}: {accuracy:.2f} %")
 
 
-@torch.no_grad()
 def classify(network_file, *pictures):
     """Classify pictures, cropped and resized, by a network of --save -> names of classes."""
     names = ("network", "classes", "shape", "preprocess", "weights")
@@ -353,10 +351,7 @@ def classify(network_file, *pictures):
     net = build_network(stored["network"], stored["shape"], len(stored["classes"]))
     net.load_state_dict(stored["weights"])
     inputs = common.Preprocess(**stored["preprocess"])(read_pictures(pictures, stored["shape"]))
-    # in the type of common.accuracy, or near ties differ
-    with common.autocast(inputs):
-        numbers = net.eval()(inputs).argmax(1)
-    return [stored["classes"][number] for number in numbers]
+    return [stored["classes"][number] for number in common.predict(net.eval(), inputs)]
 
 
 def read_corruptions(folder, data):
