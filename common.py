@@ -71,7 +71,7 @@ class Args:
     # paths and device: left out of files and rows; Run compares a path's content (`inputs`)
     places = ("data_dir", "device", "out")
     # a resumed run may change these
-    free = ("iterations", "runs", "epochs", "eval_every")
+    free = ("iterations", "runs", "epochs", "eval_every", "compile")
 
     @property
     def method(self):
@@ -138,7 +138,9 @@ def cli(main):
         message = str(error).partition("\n")[0] or "out of memory"
         status = 2
         no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message
-        if isinstance(error, RuntimeError) and not no_memory:
+        if type(error).__name__ == "InductorError":
+            message += ": use --no-compile"
+        elif isinstance(error, RuntimeError) and not no_memory:
             raise
     print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)

@@ -58,6 +58,7 @@ class Args(common.Args):
     max_start: int = arg(20, "mtt: a student starts at expert epoch t in 0 .. max_start - 1")
     step_size: float = arg(0.01, "mtt: first value of alpha, the student's learning rate", 0.001)
     lr_step: float = arg(1e-5, "mtt: learning rate of alpha (SGD, momentum 0.9)")
+    compile: bool = arg(True, "mtt: compile the student step: a minute, on a CPU by a C++ compiler")
     batch_real: int = arg(256, "dm, dc: real images per class and iteration")
     matches: int = arg(10, "dc: iterations with one network")
     net_epochs: int = arg(50, "dc: epochs that the network trains between two iterations")
@@ -81,7 +82,7 @@ PRESETS = {
         ("cifar100", 1): dict(zca=True, student_steps=20, expert_epochs=3),
         ("cifar100", 10): dict(zca=True, student_steps=20),
         ("cifar100", 50): dict(zca=True, student_steps=80, max_start=40, batch=300),
-        ("glyphs", 1): SHORT | dict(lr_hallucinators=1.0),
+        ("glyphs", 1): SHORT | dict(lr_hallucinators=1.0, compile=False),
     },
     "dm": {("cifar10", 1): DM, ("glyphs", 1): DM | SHORT},
     "dc": {
@@ -240,48 +241,46 @@ def unflatten(net, flat):
     return {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
 
 
-def student_gradient(net, params, images, labels, create_graph=True):
-    """Compute the gradient (P,) of the cross-entropy at parameters `params` (P,), a leaf."""
-    # bfloat16 where the CPU has it; its error in the images' gradient: results/speed.md
-    fast = common.fast_type(params)
-    logits = functional_call(net, unflatten(net, params.to(fast)), images.to(fast))
-    loss = F.cross_entropy(logits.to(params.dtype), labels)
-    return torch.autograd.grad(loss, params, create_graph=create_graph)[0]
+def student_gradient(net, params, images, labels):
+    """Compute the gradient (P,) of the cross-entropy at parameters `params` (P,)."""
+
+    def loss(params):
+        logits = functional_call(net, unflatten(net, params.to(images.dtype)), images)
+        return F.cross_entropy(logits.to(params.dtype), labels)
+
+    return torch.func.grad(loss)(params)
 
 
-@lru_cache(2)
-def graphed_gradient(net, shape, create_graph):
-    """Capture student_gradient for images of `shape` as a CUDA graph; a CPU calls it directly."""
-    params = flatten(net).requires_grad_()
-    gradient = partial(student_gradient, net, create_graph=create_graph)
-    if not params.is_cuda:
-        return gradient
-    images = torch.zeros(shape, dtype=params.dtype, device=params.device).requires_grad_()
-    labels = torch.zeros(shape[0], dtype=torch.int64, device=params.device)
-    # one launch in place of hundreds; a call overwrites the result of the previous one
-    graphed = torch.cuda.make_graphed_callables(gradient, (params, images, labels))
-    # times 1, or the .grad of an image leaf could be the graph's own memory
-    return lambda params, images, labels: graphed(params, images * 1, labels)
+def student_vjp(net, params, images, labels, adjoint):
+    """Compute the gradient (P,) and the derivatives of gradient @ adjoint: (P,), (b, c, h, w)."""
+    gradient, vjp = torch.func.vjp(partial(student_gradient, net, labels=labels), params, images)
+    return gradient, *vjp(adjoint)
 
 
-def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
+# fused kernels, on a GPU replayed as one CUDA graph: results/speed.md
+compile_once = lru_cache(partial(torch.compile, mode="reduce-overhead"))
+
+
+def match_trajectory(net, start, target, step_size, batch, steps, compiled=False):
     """Compute survey Eq. 30 (HaBa Eq. 7) for N = `steps` student steps, and its gradient.
 
     start, target (P,): theta*_t, theta*_{t+M}; batch(n): images and labels of step n, the same in
     each call; their leaves collect gradients. -> loss, gradient of alpha, the step size (0-d).
-    The last `kept` steps (GPU: none) keep their autograd graph, the others are recomputed.
+    Memory: the parameters of each step and the autograd graph of one.
     """
+    functions = student_gradient, student_vjp
+    compute_gradient, compute_vjp = map(compile_once, functions) if compiled else functions
+    # bfloat16 where the CPU has it; its error in the images' gradient: results/speed.md
+    fast = common.fast_type(start)
     alpha = step_size.detach()
     student = start
-    tape = []
+    students = []
     for n in range(steps):
-        keep = n >= steps - kept and not start.is_cuda
-        with torch.set_grad_enabled(keep):
+        students.append(student)
+        with torch.no_grad():
             images, labels = batch(n)
-        params = student.detach().requires_grad_()
-        gradient = graphed_gradient(net, images.shape, keep)(params, images, labels)
-        tape.append((params, gradient if keep else None))
-        student = student - alpha * gradient.detach()
+            gradient = compute_gradient(net, student, images.to(fast), labels)
+            student = student - alpha * gradient
 
     scale = (start - target).square().sum()
     loss = (student - target).square().sum() / scale
@@ -289,14 +288,15 @@ def match_trajectory(net, start, target, step_size, batch, steps, kept=0):
     adjoint = 2 * (student - target) / scale
     alpha_grad = torch.zeros_like(alpha)
     for n in reversed(range(steps)):
-        params, gradient = tape.pop()
-        if gradient is None:
-            images, labels = batch(n)
-            gradient = graphed_gradient(net, images.shape, True)(params, images, labels)
-        alpha_grad -= gradient.detach() @ adjoint
-        # adds to the .grad of batch's leaves, and gives params.grad
-        (-alpha * (gradient @ adjoint)).backward()
-        adjoint = adjoint + params.grad
+        images, labels = batch(n)
+        images = images.to(fast)
+        with torch.no_grad():
+            step = students.pop(), images.detach(), labels, adjoint
+            gradient, params_grad, images_grad = compute_vjp(net, *step)
+            alpha_grad -= gradient @ adjoint
+            adjoint = adjoint - alpha * params_grad
+        # adds to the .grad of batch's leaves
+        images.backward(-alpha * images_grad)
     return loss, alpha_grad
 
 
@@ -340,8 +340,6 @@ def distill(data, args, path):
     state |= {"optimizer": optimizer, "adversary_optimizer": adversary_optimizer}
     run.restore(state, evaluate)
     steps = args.student_steps
-    # the last steps keep their graphs: 550 images of 32x32 in total, less two steps
-    kept = 550 * 32 * 32 // (args.batch or len(bases)) // data.train[0, 0].numel() - 2
     use_adversary = args.hallucinators > 1 and args.weight_cos > 0
     for it in common.progress(range(run.start, args.iterations), "iterations"):
         # zeros, not None: hallucinators that are not drawn move by momentum (Alg. 1: not at all)
@@ -352,7 +350,9 @@ def distill(data, args, path):
         if mtt:
             segment = sample_segment(experts, args, args.seed, it)
             batch = partial(student_batch, factors, data, args, it)
-            loss, step_size.grad = match_trajectory(net, *segment, step_size, batch, steps, kept)
+            loss, step_size.grad = match_trajectory(
+                net, *segment, step_size, batch, steps, args.compile
+            )
         else:
             loss = match_classes(net, factors, data, args, it)
 

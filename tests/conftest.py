@@ -1,5 +1,6 @@
 """What the tests share: the repository on sys.path, settings, a tiny data set."""
 
+import os
 import pathlib
 import sys
 
@@ -9,8 +10,10 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # more only wait for each other
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # a minute a shape; tests that compile switch it on
 
 import common  # noqa: E402
+import mtt  # noqa: E402
 
 
 def make_data(per_class=12, device="cpu"):
@@ -35,6 +38,20 @@ def data():
 def exact(monkeypatch):
     """Compute in float32 where a CPU would take bfloat16."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+
+
+@pytest.fixture
+def compiler():
+    """Let torch.compile compile, without what an earlier run has cached."""
+    import torch._dynamo
+    import torch._inductor
+
+    torch.compiler.reset()
+    mtt.compile_once.cache_clear()
+    fresh = torch._inductor.config.patch(force_disable_caches=True)
+    with torch._dynamo.config.patch(disable=False), fresh:
+        yield
+    mtt.compile_once.cache_clear()
 
 
 def find(images, pool):

@@ -51,9 +51,13 @@ def test_same_numbers(exact, data, monkeypatch):
 
 @KINDS
 def test_match(kind):
-    """The graphed match in float64; twice, and with another shape."""
+    check_match(kind, device=PLACE)
+
+
+def test_compiled_match(compiler):
+    """Twice, and with another shape."""
     for side in (16, 16, 20):
-        check_match(kind, kept=9, side=side, device=PLACE)
+        check_match("module", compiled=True, side=side, device=PLACE)
 
 
 class Run(common.Run):
