@@ -82,7 +82,7 @@ PRESETS = {
         ("cifar100", 1): dict(zca=True, student_steps=20, expert_epochs=3),
         ("cifar100", 10): dict(zca=True, student_steps=20),
         ("cifar100", 50): dict(zca=True, student_steps=80, max_start=40, batch=300),
-        ("glyphs", 1): SHORT | dict(lr_hallucinators=1.0, compile=False),
+        ("glyphs", 1): SHORT | dict(iterations=100, lr_hallucinators=1.0, compile=False),
     },
     "dm": {("cifar10", 1): DM, ("glyphs", 1): DM | SHORT},
     "dc": {
