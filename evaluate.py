@@ -259,11 +259,12 @@ def learn_features(data, args):
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(args.seed, "features")
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     real = (data.train[None], data.train_labels, common.Protocol())
+    trained = common.compiled(net, args)
     # random fractions break ties
     forgotten = torch.rand(len(data.train), device=data.device)
     correct = torch.zeros_like(forgotten).bool()
     for epoch in common.progress(range(20), "epochs for core-sets"):
-        common.train_epoch(net, sgd, data, *real, args.seed, epoch)
+        common.train_epoch(trained, sgd, data, *real, args.seed, epoch)
         features = common.frozen_features(net, data.train)
         wrong = common.predict(net.classifier, features) != data.train_labels
         # images that were never correct have no event (Toneva et al. 2019 put them first)
@@ -499,7 +500,9 @@ def jobs(args):
             except Exception:
                 raise common.UserError(f"{name} can't take {data.shape}: use {NETWORKS}") from None
             protocol = replace(protocol, network=build)
-        options = vars(args) | {"epochs": epochs or distilled["settings"]["epochs"]}
+        settings = distilled["settings"]
+        options = vars(args) | {"epochs": epochs or settings["epochs"]}
+        options["compile"] = args.compile and settings.get("compile", True)
         yield data, distilled, images, labels, protocol, argparse.Namespace(**options)
 
 
@@ -532,6 +535,7 @@ def parse(argv=None):
     add("--data-dir", default="data", help="folder of data sets and caches (data)")
     add("--size", type=int, help="resize a folder's images (as in the file)")
     add("--seed", type=int, default=0, help="seed of all random numbers (0)")
+    add("--no-compile", dest="compile", action="store_false", help="do not compile the training")
     add("--device", default="auto", help="auto, cpu or cuda (auto)")
     add("--corruption", nargs="?", const="made", metavar="DIR", help="test on corrupted images")
     add("--export", metavar="DIR", help="write the images of a file as PNG")

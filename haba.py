@@ -58,7 +58,6 @@ class Args(common.Args):
     max_start: int = arg(20, "mtt: a student starts at expert epoch t in 0 .. max_start - 1")
     step_size: float = arg(0.01, "mtt: first value of alpha, the student's learning rate", 0.001)
     lr_step: float = arg(1e-5, "mtt: learning rate of alpha (SGD, momentum 0.9)")
-    compile: bool = arg(True, "mtt: compile the student step: a minute, on a CPU by a C++ compiler")
     batch_real: int = arg(256, "dm, dc: real images per class and iteration")
     matches: int = arg(10, "dc: iterations with one network")
     net_epochs: int = arg(50, "dc: epochs that the network trains between two iterations")
@@ -82,7 +81,7 @@ PRESETS = {
         ("cifar100", 1): dict(zca=True, student_steps=20, expert_epochs=3),
         ("cifar100", 10): dict(zca=True, student_steps=20),
         ("cifar100", 50): dict(zca=True, student_steps=80, max_start=40, batch=300),
-        ("glyphs", 1): SHORT | dict(iterations=100, lr_hallucinators=1.0, compile=False),
+        ("glyphs", 1): SHORT | dict(iterations=100, lr_hallucinators=1.0),
     },
     "dm": {("cifar10", 1): DM, ("glyphs", 1): DM | SHORT},
     "dc": {
@@ -192,11 +191,11 @@ def load_experts(data, args, record):
     ranked = sorted({*own, *found}, key=lambda file: (file not in found, file not in own, file))
     names = record.setdefault("experts", sorted(ranked[: args.experts]))
     epochs = args.max_start - 1 + args.expert_epochs
-    experts = [train_expert(data, folder / name, epochs) for name in names]
+    experts = [train_expert(data, folder / name, epochs, args) for name in names]
     return torch.stack(experts).to(data.device)
 
 
-def train_expert(data, path, epochs):
+def train_expert(data, path, epochs, args):
     """Load an expert and train its missing epochs (SGD, lr 0.01, DSA) -> (epochs + 1, P), CPU."""
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(path.stem)
     trajectory = flatten(net).cpu()[None]
@@ -205,8 +204,9 @@ def train_expert(data, path, epochs):
         net.load_state_dict(unflatten(net, trajectory[-1]))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     real_set = (data.train[None], data.train_labels, common.Protocol())
+    trained = common.compiled(net, args)
     for epoch in common.progress(range(len(trajectory) - 1, epochs), path.stem):
-        common.train_epoch(net, optimizer, data, *real_set, path.stem, epoch)
+        common.train_epoch(trained, optimizer, data, *real_set, path.stem, epoch)
         trajectory = torch.cat([trajectory, flatten(net).cpu()[None]])
         common.save(trajectory, path)
     return trajectory[: epochs + 1]

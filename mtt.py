@@ -42,7 +42,6 @@ class Args(common.Args):
     lr_step: float = arg(1e-5, "learning rate of alpha (SGD, momentum 0.5)")
     lr_images: float = arg(1000.0, "learning rate of the pixels (SGD, momentum 0.5)")
     batch: int = arg(0, "synthetic images per student step; 0: all", 0)
-    compile: bool = arg(True, "compile the student step: a minute, on a CPU by a C++ compiler")
 
 
 # The settings of the authors' code; ours for glyphs
@@ -58,7 +57,7 @@ PRESETS = {
     ("tinyimagenet", 1): dict(student_steps=10, max_start=10, lr_images=1e4, lr_step=1e-4),
     ("tinyimagenet", 10): dict(max_start=40, lr_images=1e4, lr_step=1e-4, batch=200),
     ("glyphs", 1): dict(iterations=100, experts=2, expert_epochs=4, max_start=5, step_size=0.005)
-    | dict(lr_images=100.0, lr_step=1e-7, runs=2, epochs=200, compile=False),
+    | dict(lr_images=100.0, lr_step=1e-7, runs=2, epochs=200),
 }
 
 
@@ -78,11 +77,11 @@ def load_experts(data, args, record):
     ranked = sorted({*own, *found}, key=lambda file: (file not in found, file not in own, file))
     names = record.setdefault("experts", sorted(ranked[: args.experts]))
     epochs = args.max_start - 1 + args.expert_epochs
-    experts = [train_expert(data, folder / name, epochs) for name in names]
+    experts = [train_expert(data, folder / name, epochs, args) for name in names]
     return torch.stack(experts).to(data.device)
 
 
-def train_expert(data, path, epochs):
+def train_expert(data, path, epochs, args):
     """Load an expert and train its missing epochs (SGD, lr 0.01, DSA) -> (epochs + 1, P), CPU."""
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(path.stem)
     trajectory = flatten(net).cpu()[None]
@@ -91,8 +90,9 @@ def train_expert(data, path, epochs):
         net.load_state_dict(unflatten(net, trajectory[-1]))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     real_set = (data.train[None], data.train_labels, common.Protocol())
+    trained = common.compiled(net, args)
     for epoch in common.progress(range(len(trajectory) - 1, epochs), path.stem):
-        common.train_epoch(net, optimizer, data, *real_set, path.stem, epoch)
+        common.train_epoch(trained, optimizer, data, *real_set, path.stem, epoch)
         trajectory = torch.cat([trajectory, flatten(net).cpu()[None]])
         common.save(trajectory, path)
     return trajectory[: epochs + 1]

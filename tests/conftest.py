@@ -47,6 +47,7 @@ def compiler():
     import torch._inductor
 
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     mtt.compile_once.cache_clear()
     fresh = torch._inductor.config.patch(force_disable_caches=True)
     with torch._dynamo.config.patch(disable=False), fresh:

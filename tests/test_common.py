@@ -195,6 +195,24 @@ def test_augmentation(augment, ranges):
             assert abs(np.corrcoef(values[:, 0], values[:, 1])[0, 1]) < 0.2
 
 
+def test_compiled_training(compiler, exact, data):
+    """A compiled training moves the parameters alike."""
+    data.train, data.test, data.shape = (
+        data.train[..., ::2, ::2],
+        data.test[..., ::2, ::2],
+        (3, 8, 8),
+    )
+    moves = []
+    for compiled in (False, True):
+        args = common.Args(epochs=2, compile=compiled)
+        common.seed(args.seed, "score", 0)
+        start = mtt.flatten(common.ConvNet(data.shape, 3))
+        distilled = data.train[None], data.train_labels, common.Protocol()
+        moves.append(mtt.flatten(common.train_and_test(data, *distilled, args)[0]) - start)
+    assert 0 < relative(moves[1], moves[0]) < 1e-3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_kept_memory():
     """What is freed is used again: ten times 64 MB take few fresh pages (else 163,840)."""
     common.setup(common.Args(device="cpu"))
@@ -278,7 +296,13 @@ def test_train(regression, data, monkeypatch):
     settings["network"] = lambda *shape: common.ConvNet(*shape, width=8).double()
     kind = frepo.FrepoProtocol if regression else common.Protocol
     protocol = kind(augment=augment, **settings | {"lr": 0.01})
-    arguments = data, variants, labels, protocol, argparse.Namespace(seed=0, epochs=0)
+    arguments = (
+        data,
+        variants,
+        labels,
+        protocol,
+        argparse.Namespace(seed=0, epochs=0, compile=False),
+    )
     trained, _ = common.train_and_test(*arguments)
     orders = torch.cat(batches).view(3, 36)
     assert [len(index) for index in batches] == [15, 15, 6] * 3 and len(orders.unique(dim=0)) == 3
