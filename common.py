@@ -63,7 +63,7 @@ class Args:
     runs: int = arg(5, "networks trained for the score")
     epochs: int = arg(0, "training epochs of each of these networks; 0: the protocol's", 0)
     eval_every: int = arg(0, "score two networks every so many iterations; 0: at the end only", 0)
-    compile: bool = arg(True, "compile training: a minute, then faster; needs g++ (glyphs: False)")
+    compile: bool = arg(True, "use torch.compile: a minute, then faster; needs g++ (glyphs: False)")
 
     # Preprocess.kind with --zca
     whitening = "zca"
@@ -161,11 +161,12 @@ def seed(*key):
 
 
 def setup(args):
-    """Set up cuDNN and malloc for this process -> device. Raises UserError."""
+    """Set up cuDNN, torch.compile and malloc for this process -> device. Raises UserError."""
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     if args.device not in ("auto", device):
         raise UserError(f"--device {args.device} is not available: use --device cpu")
     torch.backends.cudnn.benchmark = True
+    torch.compiler.set_stance("default" if args.compile else "force_eager")
     # malloc keeps freed memory, which saves page faults: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = -1
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -501,26 +502,6 @@ def warp(images, a, b, c, d, x=0, y=0, padding="zeros"):
 # ------------------------------------------------------------ the ConvNet
 
 
-class AvgPool(nn.Module):
-    """2x2 average pool; on a CPU by two additions: in bfloat16 faster than nn.AvgPool2d."""
-
-    def forward(self, x):
-        if x.is_cuda:
-            return F.avg_pool2d(x, 2)
-        even = x.shape[-1] // 2 * 2
-        top, bottom = x[..., :even, :even].unflatten(-2, (-1, 2)).unbind(-2)
-        left, right = (top + bottom).unflatten(-1, (-1, 2)).unbind(-1)
-        return (left + right) / 4
-
-
-class InstanceNorm(nn.GroupNorm):
-    """GroupNorm with a group per channel."""
-
-    def forward(self, x):
-        # torch's kernel for channels_last is slow on maps below 32x32 (results/speed.md)
-        return super().forward(x.contiguous() if x.shape[-1] < 32 else x)
-
-
 class ConvNet(nn.Module):
     """The field's ConvNet: blocks of conv 3x3, instance norm, ReLU, average pool; then linear.
 
@@ -539,8 +520,8 @@ class ConvNet(nn.Module):
         self.blocks = nn.Sequential()
         for i in range(depth):
             conv = nn.Conv2d(channels, width, 3, padding=1 if i else pad)
-            norm = [] if frepo else [InstanceNorm(width, width)]
-            self.blocks.extend([conv, *norm, nn.ReLU(inplace=True), AvgPool()])
+            norm = [] if frepo else [nn.GroupNorm(width, width)]
+            self.blocks.extend([conv, *norm, nn.ReLU(inplace=True), nn.AvgPool2d(2)])
             channels = width
             width *= 2 if frepo else 1
         self.classifier = nn.Linear(channels * (size // 2**depth) ** 2, classes)
@@ -563,21 +544,12 @@ class ConvNet(nn.Module):
         return self.classifier(self.features(images))
 
 
-def compiled(function, args):
-    """Compile a network or a function of images, for batches of any size, if args.compile."""
-    # in bfloat16 1.9 times as fast in training, in float32 1.2 times: results/speed.md
-    return torch.compile(function, dynamic=True) if args.compile else function
-
-
 @torch.no_grad()
 def frozen_features(net, images):
     """net.features without a graph, 512 images at a time -> (n, d) of the images' type."""
-    # channels_last: 1.5 to 1.8 times as fast in bfloat16, without gradients (results/speed.md)
-    fast = fast_type(images) == torch.bfloat16
-    layout = torch.channels_last if fast else torch.contiguous_format
+    features = torch.compile(net.features)
     with autocast(images):
-        parts = [net.features(x.contiguous(memory_format=layout)) for x in images.split(512)]
-    return torch.cat(parts).to(images.dtype)
+        return torch.cat([features(x) for x in images.split(512)]).to(images.dtype)
 
 
 # ------------------------------------------------------------ training and scoring
@@ -627,13 +599,15 @@ def train_epoch(net, optimizer, data, images, labels, protocol, *key):
     order = torch.randperm(len(labels), device=data.device)
     variants = torch.randint(len(images), order.shape, device=data.device)
     batches = zip(order.split(protocol.batch), variants.split(protocol.batch), strict=True)
+    # in bfloat16 1.9 times as fast, in float32 1.2 times: results/speed.md
+    compiled = torch.compile(net)
     for step, (i, v) in enumerate(batches):
         inputs = protocol.augment(images[v, i], data.flip, *key, step)
         targets = labels[i]
         if protocol.mix:
             inputs, targets = protocol.mix(inputs, targets, *key, step)
         with autocast(inputs):
-            loss = protocol.loss(net(inputs).float(), targets)
+            loss = protocol.loss(compiled(inputs).float(), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -650,12 +624,11 @@ def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
     seed(*key)
     net = protocol.network(data.shape, len(data.classes)).to(data.device)
     optimizer = protocol.optimizer(net.parameters(), weight_decay=protocol.weight_decay)
-    trained = compiled(net, args)
     if labels.ndim == 1:
         labels = protocol.soft_labels(labels, len(data.classes))
     for epoch in progress(range(protocol.length(len(labels))), f"network {k}, epochs"):
         optimizer.param_groups[0]["lr"] = protocol.rate(epoch, len(labels))
-        train_epoch(trained, optimizer, data, images, labels, protocol, *key, epoch)
+        train_epoch(net, optimizer, data, images, labels, protocol, *key, epoch)
     if not all(p.isfinite().all() for p in net.parameters()):
         raise UserError(f"a network diverged in training: is the rate of {lr} too large?")
     return net.eval(), accuracy(net, data.test, data.test_labels)

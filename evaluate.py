@@ -77,7 +77,7 @@ def open_file(path, args):
     distilled = read_distilled(path)
     method = importlib.import_module(distilled["method"])
     settings = method.Args(**distilled["settings"])
-    places = {"dataset": settings.dataset, "size": settings.size} | args.data
+    places = {name: getattr(settings, name) for name in ("dataset", "size", "compile")} | args.data
     data = load_data(method, **places | {"zca": settings.zca, "flip": settings.flip})
     if data.fingerprint != distilled["fingerprint"]:
         raise common.UserError(f"{path} has other training images than {data.name}, {data.shape}")
@@ -259,12 +259,11 @@ def learn_features(data, args):
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(args.seed, "features")
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     real = (data.train[None], data.train_labels, common.Protocol())
-    trained = common.compiled(net, args)
     # random fractions break ties
     forgotten = torch.rand(len(data.train), device=data.device)
     correct = torch.zeros_like(forgotten).bool()
     for epoch in common.progress(range(20), "epochs for core-sets"):
-        common.train_epoch(trained, sgd, data, *real, args.seed, epoch)
+        common.train_epoch(net, sgd, data, *real, args.seed, epoch)
         features = common.frozen_features(net, data.train)
         wrong = common.predict(net.classifier, features) != data.train_labels
         # images that were never correct have no event (Toneva et al. 2019 put them first)
@@ -500,9 +499,7 @@ def jobs(args):
             except Exception:
                 raise common.UserError(f"{name} can't take {data.shape}: use {NETWORKS}") from None
             protocol = replace(protocol, network=build)
-        settings = distilled["settings"]
-        options = vars(args) | {"epochs": epochs or settings["epochs"]}
-        options["compile"] = args.compile and settings.get("compile", True)
+        options = vars(args) | {"epochs": epochs or distilled["settings"]["epochs"]}
         yield data, distilled, images, labels, protocol, argparse.Namespace(**options)
 
 
@@ -541,7 +538,7 @@ def parse(argv=None):
     add("--export", metavar="DIR", help="write the images of a file as PNG")
     args, files = parser.parse_known_args([] if args.continual else argv, args)
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    places = ("dataset", "size", "zca", "flip", "data_dir", "device")
+    places = ("dataset", "size", "zca", "flip", "data_dir", "device", "compile")
     args.data = {name: given[name] for name in places if name in given}
     if pathlib.Path(args.dataset or "").name in ("mnist", "svhn"):
         args.data["flip"] = False

@@ -19,7 +19,7 @@ Measured on CIFAR-10, --bpc 3 --basis-channels 1: 53.0 +- 0.3 % (paper: 55.7) wi
 
 import pathlib
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, pairwise
 from typing import Literal
 
@@ -191,11 +191,11 @@ def load_experts(data, args, record):
     ranked = sorted({*own, *found}, key=lambda file: (file not in found, file not in own, file))
     names = record.setdefault("experts", sorted(ranked[: args.experts]))
     epochs = args.max_start - 1 + args.expert_epochs
-    experts = [train_expert(data, folder / name, epochs, args) for name in names]
+    experts = [train_expert(data, folder / name, epochs) for name in names]
     return torch.stack(experts).to(data.device)
 
 
-def train_expert(data, path, epochs, args):
+def train_expert(data, path, epochs):
     """Load an expert and train its missing epochs (SGD, lr 0.01, DSA) -> (epochs + 1, P), CPU."""
     net = common.ConvNet(data.shape, len(data.classes)).to(data.device).reset(path.stem)
     trajectory = flatten(net).cpu()[None]
@@ -204,9 +204,8 @@ def train_expert(data, path, epochs, args):
         net.load_state_dict(unflatten(net, trajectory[-1]))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     real_set = (data.train[None], data.train_labels, common.Protocol())
-    trained = common.compiled(net, args)
     for epoch in common.progress(range(len(trajectory) - 1, epochs), path.stem):
-        common.train_epoch(trained, optimizer, data, *real_set, path.stem, epoch)
+        common.train_epoch(net, optimizer, data, *real_set, path.stem, epoch)
         trajectory = torch.cat([trajectory, flatten(net).cpu()[None]])
         common.save(trajectory, path)
     return trajectory[: epochs + 1]
@@ -241,6 +240,8 @@ def unflatten(net, flat):
     return {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
 
 
+# compiled to fused kernels, on a GPU replayed as one CUDA graph: results/speed.md
+@torch.compile(mode="reduce-overhead")
 def student_gradient(net, params, images, labels):
     """Compute the gradient (P,) of the cross-entropy at parameters `params` (P,)."""
 
@@ -251,25 +252,20 @@ def student_gradient(net, params, images, labels):
     return torch.func.grad(loss)(params)
 
 
+@torch.compile(mode="reduce-overhead")
 def student_vjp(net, params, images, labels, adjoint):
     """Compute the gradient (P,) and the derivatives of gradient @ adjoint: (P,), (b, c, h, w)."""
     gradient, vjp = torch.func.vjp(partial(student_gradient, net, labels=labels), params, images)
     return gradient, *vjp(adjoint)
 
 
-# fused kernels, on a GPU replayed as one CUDA graph: results/speed.md
-compile_once = lru_cache(partial(torch.compile, mode="reduce-overhead"))
-
-
-def match_trajectory(net, start, target, step_size, batch, steps, compiled=False):
+def match_trajectory(net, start, target, step_size, batch, steps):
     """Compute survey Eq. 30 (HaBa Eq. 7) for N = `steps` student steps, and its gradient.
 
     start, target (P,): theta*_t, theta*_{t+M}; batch(n): images and labels of step n, the same in
     each call; their leaves collect gradients. -> loss, gradient of alpha, the step size (0-d).
     Memory: the parameters of each step and the autograd graph of one.
     """
-    functions = student_gradient, student_vjp
-    compute_gradient, compute_vjp = map(compile_once, functions) if compiled else functions
     # bfloat16 where the CPU has it; its error in the images' gradient: results/speed.md
     fast = common.fast_type(start)
     alpha = step_size.detach()
@@ -279,7 +275,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, compiled=False
         students.append(student)
         with torch.no_grad():
             images, labels = batch(n)
-            gradient = compute_gradient(net, student, images.to(fast), labels)
+            gradient = student_gradient(net, student, images.to(fast), labels)
             student = student - alpha * gradient
 
     scale = (start - target).square().sum()
@@ -292,7 +288,7 @@ def match_trajectory(net, start, target, step_size, batch, steps, compiled=False
         images = images.to(fast)
         with torch.no_grad():
             step = students.pop(), images.detach(), labels, adjoint
-            gradient, params_grad, images_grad = compute_vjp(net, *step)
+            gradient, params_grad, images_grad = student_vjp(net, *step)
             alpha_grad -= gradient @ adjoint
             adjoint = adjoint - alpha * params_grad
         # adds to the .grad of batch's leaves
@@ -350,9 +346,7 @@ def distill(data, args, path):
         if mtt:
             segment = sample_segment(experts, args, args.seed, it)
             batch = partial(student_batch, factors, data, args, it)
-            loss, step_size.grad = match_trajectory(
-                net, *segment, step_size, batch, steps, args.compile
-            )
+            loss, step_size.grad = match_trajectory(net, *segment, step_size, batch, steps)
         else:
             loss = match_classes(net, factors, data, args, it)
 

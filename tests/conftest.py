@@ -13,7 +13,6 @@ torch.set_num_threads(1)  # more only wait for each other
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # a minute a shape; tests that compile switch it on
 
 import common  # noqa: E402
-import mtt  # noqa: E402
 
 
 def make_data(per_class=12, device="cpu"):
@@ -48,11 +47,9 @@ def compiler():
 
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    mtt.compile_once.cache_clear()
     fresh = torch._inductor.config.patch(force_disable_caches=True)
     with torch._dynamo.config.patch(disable=False), fresh:
         yield
-    mtt.compile_once.cache_clear()
 
 
 def find(images, pool):

@@ -197,18 +197,16 @@ def test_augmentation(augment, ranges):
 
 def test_compiled_training(compiler, exact, data):
     """A compiled training moves the parameters alike."""
-    data.train, data.test, data.shape = (
-        data.train[..., ::2, ::2],
-        data.test[..., ::2, ::2],
-        (3, 8, 8),
-    )
+    data.train, data.test = data.train[..., ::2, ::2], data.test[..., ::2, ::2]
+    data.shape = (3, 8, 8)
+    distilled = data.train[None], data.train_labels, common.Protocol()
     moves = []
-    for compiled in (False, True):
-        args = common.Args(epochs=2, compile=compiled)
-        common.seed(args.seed, "score", 0)
+    for stance in ("force_eager", "default"):
+        common.seed(0, "score", 0)
         start = mtt.flatten(common.ConvNet(data.shape, 3))
-        distilled = data.train[None], data.train_labels, common.Protocol()
-        moves.append(mtt.flatten(common.train_and_test(data, *distilled, args)[0]) - start)
+        with torch.compiler.set_stance(stance):
+            net, _ = common.train_and_test(data, *distilled, common.Args(epochs=2))
+        moves.append(mtt.flatten(net) - start)
     assert 0 < relative(moves[1], moves[0]) < 1e-3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -237,9 +235,7 @@ def test_convnet():
         out = net.train(mode)(images), plain.train(mode)(images)
         torch.testing.assert_close(*out)
         torch.testing.assert_close(*(torch.autograd.grad(y.exp().sum(), images)[0] for y in out))
-    for layout in (torch.contiguous_format, torch.channels_last):
-        inputs = images.contiguous(memory_format=layout)
-        torch.testing.assert_close(net.features(inputs), plain[:-1](images))
+    torch.testing.assert_close(common.frozen_features(net, images), plain[:-1](images))
 
 
 @pytest.mark.parametrize("side, channels, depth", [(28, 1, 3), (32, 3, 3), (64, 3, 4), (128, 3, 5)])
@@ -296,13 +292,7 @@ def test_train(regression, data, monkeypatch):
     settings["network"] = lambda *shape: common.ConvNet(*shape, width=8).double()
     kind = frepo.FrepoProtocol if regression else common.Protocol
     protocol = kind(augment=augment, **settings | {"lr": 0.01})
-    arguments = (
-        data,
-        variants,
-        labels,
-        protocol,
-        argparse.Namespace(seed=0, epochs=0, compile=False),
-    )
+    arguments = data, variants, labels, protocol, argparse.Namespace(seed=0, epochs=0)
     trained, _ = common.train_and_test(*arguments)
     orders = torch.cat(batches).view(3, 36)
     assert [len(index) for index in batches] == [15, 15, 6] * 3 and len(orders.unique(dim=0)) == 3

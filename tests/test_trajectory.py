@@ -55,7 +55,7 @@ def scene(kind, steps, side=16, device="cpu"):
     return (net, start, target, step_size, batch, steps), leaves
 
 
-def check_match(kind, compiled=False, **place):
+def check_match(kind, **place):
     """Loss and gradients of images, module and step size against one graph of all steps."""
     (*arguments, batch, steps), leaves = scene(kind, 5, **place)
     loss = naive_match(*arguments, batch, steps)
@@ -71,7 +71,7 @@ def check_match(kind, compiled=False, **place):
         made.append(weakref.ref(images))
         return images, labels
 
-    our_loss, step_size_grad = mtt.match_trajectory(*arguments, watched, steps, compiled)
+    our_loss, step_size_grad = mtt.match_trajectory(*arguments, watched, steps)
     found = [step_size_grad] + [leaf.grad - 1 for leaf in leaves[1:]]
     assert max(map(relative, [our_loss, *found], [loss, *expected])) < 1e-8
     assert torch.equal(arguments[1], start) and leaves[0].grad == 1
@@ -89,7 +89,7 @@ def test_match(kind):
 def test_compiled_match(compiler):
     """In float64 the compiled step, two whole graphs, has the same numbers."""
     counters = torch._dynamo.utils.counters
-    check_match("module", compiled=True, side=8)
+    check_match("module", side=8)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
@@ -97,7 +97,7 @@ def test_no_compiler(compiler, capsys):
     """Without a C++ compiler, one line that says what to do."""
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere")}):
         with pytest.raises(SystemExit) as end:
-            common.cli(partial(check_match, "all", compiled=True, side=8))
+            common.cli(partial(check_match, "all", side=8))
     message = capsys.readouterr().err
     assert end.value.code == 2 and re.search(r"C\+\+ compiler.*: use --no-compile\n$", message)
 
