@@ -63,7 +63,7 @@ class Args:
     runs: int = arg(5, "networks trained for the score")
     epochs: int = arg(0, "training epochs of each of these networks; 0: the protocol's", 0)
     eval_every: int = arg(0, "score two networks every so many iterations; 0: at the end only", 0)
-    compile: bool = arg(True, "use torch.compile: a minute, then faster; needs g++ (glyphs: False)")
+    compile: bool = arg(True, "compile networks by torch.compile; needs g++, a minute (glyphs: no)")
 
     # Preprocess.kind with --zca
     whitening = "zca"
@@ -129,7 +129,7 @@ def parse_args(cls, presets, argv=None):
 
 
 def cli(main):
-    """Call main(). Invalid input, OSError, out of memory: one line, status 2; Ctrl-C: 130."""
+    """Call main(). Invalid input, no memory, no compiler: one line, status 2; Ctrl-C: 130."""
     try:
         return main()
     except KeyboardInterrupt:
@@ -139,6 +139,7 @@ def cli(main):
         message = str(error).partition("\n")[0] or "out of memory"
         status = 2
         no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message
+        # torch's class is private
         if type(error).__name__ == "InductorError":
             message += ": use --no-compile"
         elif isinstance(error, RuntimeError) and not no_memory:
@@ -166,13 +167,20 @@ def setup(args):
     if args.device not in ("auto", device):
         raise UserError(f"--device {args.device} is not available: use --device cpu")
     torch.backends.cudnn.benchmark = True
-    torch.compiler.set_stance("default" if args.compile else "force_eager")
+    # each batch size is compiled by itself, so a resumed run computes the same
+    torch._dynamo.config.recompile_limit = 100
+    compiling(args)
     # malloc keeps freed memory, which saves page faults: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = -1
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)
         libc.mallopt(-1, -1)
     return torch.device(device)
+
+
+def compiling(args):
+    """Let torch.compile compile or not, as args.compile says; also a context."""
+    return torch.compiler.set_stance("default" if args.compile else "force_eager")
 
 
 def fast_type(x):
@@ -535,7 +543,7 @@ class ConvNet(nn.Module):
         return self
 
     def features(self, images):
-        """Inputs of the linear layer (n, d). On a CPU in chunks of 2^15 pixels, which is faster."""
+        """Inputs of the linear layer (n, d). Uncompiled on a CPU: in chunks of 2^15 pixels."""
         whole = images.is_cuda or torch.compiler.is_compiling()
         chunk = len(images) if whole else 2**15 // images[0, 0].numel() or 1
         return torch.cat([self.blocks(x).flatten(1) for x in images.split(chunk)])
@@ -544,12 +552,19 @@ class ConvNet(nn.Module):
         return self.classifier(self.features(images))
 
 
+# gains of torch.compile: results/speed.md
+compiled_features = torch.compile(ConvNet.features, dynamic=False)
+
+
 @torch.no_grad()
 def frozen_features(net, images):
     """net.features without a graph, 512 images at a time -> (n, d) of the images' type."""
-    features = torch.compile(net.features)
+    parts = []
     with autocast(images):
-        return torch.cat([features(x) for x in images.split(512)]).to(images.dtype)
+        for x in images.split(512):
+            # a rest of another size is not worth compiling
+            parts.append(compiled_features(net, x) if len(x) == 512 else net.features(x))
+    return torch.cat(parts).to(images.dtype)
 
 
 # ------------------------------------------------------------ training and scoring
@@ -599,8 +614,8 @@ def train_epoch(net, optimizer, data, images, labels, protocol, *key):
     order = torch.randperm(len(labels), device=data.device)
     variants = torch.randint(len(images), order.shape, device=data.device)
     batches = zip(order.split(protocol.batch), variants.split(protocol.batch), strict=True)
-    # in bfloat16 1.9 times as fast, in float32 1.2 times: results/speed.md
-    compiled = torch.compile(net)
+    # in bfloat16 1.4 to 1.7 times as fast, in float32 1.2 times: results/speed.md
+    compiled = torch.compile(net, dynamic=False)
     for step, (i, v) in enumerate(batches):
         inputs = protocol.augment(images[v, i], data.flip, *key, step)
         targets = labels[i]
@@ -626,9 +641,10 @@ def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
     optimizer = protocol.optimizer(net.parameters(), weight_decay=protocol.weight_decay)
     if labels.ndim == 1:
         labels = protocol.soft_labels(labels, len(data.classes))
-    for epoch in progress(range(protocol.length(len(labels))), f"network {k}, epochs"):
-        optimizer.param_groups[0]["lr"] = protocol.rate(epoch, len(labels))
-        train_epoch(net, optimizer, data, images, labels, protocol, *key, epoch)
+    with compiling(args):
+        for epoch in progress(range(protocol.length(len(labels))), f"network {k}, epochs"):
+            optimizer.param_groups[0]["lr"] = protocol.rate(epoch, len(labels))
+            train_epoch(net, optimizer, data, images, labels, protocol, *key, epoch)
     if not all(p.isfinite().all() for p in net.parameters()):
         raise UserError(f"a network diverged in training: is the rate of {lr} too large?")
     return net.eval(), accuracy(net, data.test, data.test_labels)

@@ -34,9 +34,13 @@ CORESETS = ("random", "herding", "k-center", "forgetting")
 def train_network(path, network="", seed=0, epochs=0, **flags):
     """Train a network on any method's file by its protocol -> network, test accuracy in %.
 
-    network "", epochs 0: the protocol's; flags: those of this script, e.g. data_dir="data".
+    network "", epochs 0: the protocol's; flags: of this script, as data_dir="data", compile=False.
     """
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    words = []
+    for name, value in flags.items():
+        name = name.replace("_", "-")
+        is_switch = isinstance(value, bool)
+        words.append(f"--{'no-' * (not value)}{name}" if is_switch else f"--{name}={value}")
     words += [f"--network={network}", f"--seed={seed}", f"--epochs={epochs}"]
     ((data, distilled, images, labels, protocol, args),) = jobs(parse([str(path), *words]))
     return common.train_and_test(data, images, labels, protocol, args, distilled["step_size"])
@@ -77,7 +81,7 @@ def open_file(path, args):
     distilled = read_distilled(path)
     method = importlib.import_module(distilled["method"])
     settings = method.Args(**distilled["settings"])
-    places = {name: getattr(settings, name) for name in ("dataset", "size", "compile")} | args.data
+    places = {"dataset": settings.dataset, "size": settings.size} | args.data
     data = load_data(method, **places | {"zca": settings.zca, "flip": settings.flip})
     if data.fingerprint != distilled["fingerprint"]:
         raise common.UserError(f"{path} has other training images than {data.name}, {data.shape}")
@@ -262,6 +266,7 @@ def learn_features(data, args):
     # random fractions break ties
     forgotten = torch.rand(len(data.train), device=data.device)
     correct = torch.zeros_like(forgotten).bool()
+    common.compiling(argparse.Namespace(compile=compiles(args, data)))
     for epoch in common.progress(range(20), "epochs for core-sets"):
         common.train_epoch(net, sgd, data, *real, args.seed, epoch)
         features = common.frozen_features(net, data.train)
@@ -500,7 +505,13 @@ def jobs(args):
                 raise common.UserError(f"{name} can't take {data.shape}: use {NETWORKS}") from None
             protocol = replace(protocol, network=build)
         options = vars(args) | {"epochs": epochs or distilled["settings"]["epochs"]}
+        options["compile"] = compiles(args, data)
         yield data, distilled, images, labels, protocol, argparse.Namespace(**options)
+
+
+def compiles(args, data):
+    """Whether to compile: as --compile says, else all but networks for glyphs."""
+    return data.name != "glyphs" if args.compile is None else args.compile
 
 
 def parse(argv=None):
@@ -532,13 +543,13 @@ def parse(argv=None):
     add("--data-dir", default="data", help="folder of data sets and caches (data)")
     add("--size", type=int, help="resize a folder's images (as in the file)")
     add("--seed", type=int, default=0, help="seed of all random numbers (0)")
-    add("--no-compile", dest="compile", action="store_false", help="do not compile the training")
+    add("--compile", action=argparse.BooleanOptionalAction, help="networks (all but for glyphs)")
     add("--device", default="auto", help="auto, cpu or cuda (auto)")
     add("--corruption", nargs="?", const="made", metavar="DIR", help="test on corrupted images")
     add("--export", metavar="DIR", help="write the images of a file as PNG")
     args, files = parser.parse_known_args([] if args.continual else argv, args)
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    places = ("dataset", "size", "zca", "flip", "data_dir", "device", "compile")
+    places = ("dataset", "size", "zca", "flip", "data_dir", "device")
     args.data = {name: given[name] for name in places if name in given}
     if pathlib.Path(args.dataset or "").name in ("mnist", "svhn"):
         args.data["flip"] = False

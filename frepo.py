@@ -52,7 +52,7 @@ class Args(common.Args):
 
     whitening = "zca-trace"
     # not the iterations: the rate is a cosine over them
-    free = ("runs", "epochs", "eval_every")
+    free = ("runs", "epochs", "eval_every", "compile")
 
 
 PRESETS = {

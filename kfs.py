@@ -222,7 +222,7 @@ def match_distribution(net, target, codes, decoders, args, *key):
     adjoint = (gap / (classes * per_class)).repeat_interleave(per_class, 0)
     for x, a in zip(leaf.split(512), adjoint.split(512), strict=True):
         with common.autocast(x):
-            torch.compile(net.features)(x).backward(a)
+            common.compiled_features(net, x).backward(a)
     images.backward(leaf.grad)
     return gap.square().sum() / (2 * classes)
 

@@ -126,8 +126,8 @@ def unflatten(net, flat):
     return {name: part.view_as(named[name]) for name, part in zip(named, parts, strict=True)}
 
 
-# compiled to fused kernels, on a GPU replayed as one CUDA graph: results/speed.md
-@torch.compile(mode="reduce-overhead")
+# compiled to fused kernels, on a GPU (not tried yet) one CUDA graph: results/speed.md
+@torch.compile(dynamic=False, mode="reduce-overhead")
 def student_gradient(net, params, images, labels):
     """Compute the gradient (P,) of the cross-entropy at parameters `params` (P,)."""
 
@@ -138,9 +138,9 @@ def student_gradient(net, params, images, labels):
     return torch.func.grad(loss)(params)
 
 
-@torch.compile(mode="reduce-overhead")
+@torch.compile(dynamic=False, mode="reduce-overhead")
 def student_vjp(net, params, images, labels, adjoint):
-    """Compute the gradient (P,) and the derivatives of gradient @ adjoint: (P,), (b, c, h, w)."""
+    """Gradient (P,), derivatives of gradient @ adjoint by params and by images: (P,), images'."""
     gradient, vjp = torch.func.vjp(partial(student_gradient, net, labels=labels), params, images)
     return gradient, *vjp(adjoint)
 
@@ -173,8 +173,8 @@ def match_trajectory(net, start, target, step_size, batch, steps):
         images, labels = batch(n)
         images = images.to(fast)
         with torch.no_grad():
-            step = students.pop(), images.detach(), labels, adjoint
-            gradient, params_grad, images_grad = student_vjp(net, *step)
+            student, leaf = students.pop(), images.detach()
+            gradient, params_grad, images_grad = student_vjp(net, student, leaf, labels, adjoint)
             alpha_grad -= gradient @ adjoint
             adjoint = adjoint - alpha * params_grad
         # adds to the .grad of batch's leaves

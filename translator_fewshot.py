@@ -72,7 +72,7 @@ class Args(common.Args):
     inner_steps: int = arg(16, "bi-level: T of Alg. 1")
 
     whitening = "zca-trace"
-    free = ("runs", "epochs", "pretrain_steps")
+    free = ("runs", "epochs", "pretrain_steps", "compile")
 
 
 PRESETS = {

@@ -1,17 +1,16 @@
-"""Time and memory of one iteration of each method, beside the arithmetic floor.
+"""Time of one iteration of each method, beside the arithmetic floor.
 
     python tests/benchmark.py --quick                 # a few minutes on two cores
     python tests/benchmark.py                         # a quarter of an hour
 
 Images are noise, 3x32x32 in 10 classes. Seconds: the median of the iterations that fit into the
-budget, without the first. MB: the peak above what was held before. Floor: the arithmetic of the
+budget, without the first two, which compile. Floor: the arithmetic of the
 networks, counted by hand, over the rate of a large matrix product. In forward passes an image costs
 1 without a gradient, 2 with its own, 3 with the network's, 9 in a student step (3 forward and
 backward, 6 for the gradient of the gradient; what is built a second time does not count).
 """
 
 import argparse
-import ctypes
 import pathlib
 import sys
 import time
@@ -36,7 +35,7 @@ FREPO = 2 * (27 * 128 * 32**2 + 1152 * 256 * 16**2 + 2304 * 512 * 8**2 + 8192 * 
 
 
 class Timer:
-    """Take the place of common.Run; raise TimeoutError(seconds, MB) when the budget is spent."""
+    """Take the place of common.Run; raise TimeoutError(seconds) when the budget is spent."""
 
     start, budget = 0, 10.0
 
@@ -45,33 +44,16 @@ class Timer:
         self.restore()
 
     def restore(self, *_):
-        self.times, self.held, self.last = [], peak_memory(reset=True), time.perf_counter()
+        self.times, self.last = [], time.perf_counter()
 
     def step(self, *_):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter() - self.last)
         self.last = time.perf_counter()
-        if sum(self.times[1:]) > self.budget:
-            times = sorted(self.times[1:])
-            raise TimeoutError(times[len(times) // 2], peak_memory() - self.held)
-
-
-def peak_memory(reset=False):
-    """Peak in MB: reserved on a GPU, resident on a CPU (Linux). reset: forget the peak so far.
-
-    Reserved, as what CUDA graphs hold in their pools counts as free between two replays.
-    """
-    if torch.cuda.is_available():
-        if reset:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_reserved() / 2**20
-    if reset:
-        ctypes.CDLL(None).malloc_trim(0)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+        if sum(self.times[2:]) > self.budget:
+            times = sorted(self.times[2:])
+            raise TimeoutError(times[len(times) // 2])
 
 
 def repeat(function, *args):
@@ -82,18 +64,18 @@ def repeat(function, *args):
 
 
 def measure(work):
-    """Run a loop with a Timer -> seconds of an iteration, MB."""
+    """Run a loop with a Timer -> seconds of an iteration."""
     try:
         work()
     except TimeoutError as end:
-        return end.args
+        return end.args[0]
 
 
 def matmul_rate(device, dtype):
     """Operations a second in a product of matrices of side 2048."""
     torch.backends.cuda.matmul.allow_tf32 = True  # as in convolutions
     x = torch.randn(2048, 2048, device=device).to(dtype)
-    rate = 2 * 2048**3 / measure(partial(repeat, torch.matmul, x, x))[0]
+    rate = 2 * 2048**3 / measure(partial(repeat, torch.matmul, x, x))
     torch.backends.cuda.matmul.allow_tf32 = False
     return rate
 
@@ -156,12 +138,12 @@ def main():
     rates = matmul_rate(device, torch.float32), matmul_rate(device, low)
     speed = f"{rates[0] / 1e9:.0f} GFLOP/s in float32, {rates[1] / 1e9:.0f} in {low}"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {speed}\n")
-    print("| one iteration | seconds | images/s | MB | floor | over floor |")
-    print("| --- " * 6 + "|")
+    print("| one iteration | seconds | images/s | floor | over floor |")
+    print("| --- " * 5 + "|")
     for name, images, exact, reduced, work in rows(device, args.quick):
-        seconds, megabytes = measure(work)
+        seconds = measure(work)
         floor = exact / rates[0] + reduced / rates[1]
-        numbers = f"{seconds:.3g} | {images / seconds:.0f} | {megabytes:.0f} | {floor:.3g}"
+        numbers = f"{seconds:.3g} | {images / seconds:.0f} | {floor:.3g}"
         print(f"| {name} | {numbers} | {seconds / floor:.2f} |", flush=True)
 
 

@@ -48,7 +48,8 @@ def compiler():
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     fresh = torch._inductor.config.patch(force_disable_caches=True)
-    with torch._dynamo.config.patch(disable=False), fresh:
+    enabled = torch._dynamo.config.patch(disable=False)
+    with enabled, fresh, torch.compiler.set_stance("default"):
         yield
 
 

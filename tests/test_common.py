@@ -201,11 +201,11 @@ def test_compiled_training(compiler, exact, data):
     data.shape = (3, 8, 8)
     distilled = data.train[None], data.train_labels, common.Protocol()
     moves = []
-    for stance in ("force_eager", "default"):
+    for compiled in (False, True):
         common.seed(0, "score", 0)
         start = mtt.flatten(common.ConvNet(data.shape, 3))
-        with torch.compiler.set_stance(stance):
-            net, _ = common.train_and_test(data, *distilled, common.Args(epochs=2))
+        args = common.Args(epochs=2, compile=compiled)
+        net, _ = common.train_and_test(data, *distilled, args)
         moves.append(mtt.flatten(net) - start)
     assert 0 < relative(moves[1], moves[0]) < 1e-3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -292,7 +292,13 @@ def test_train(regression, data, monkeypatch):
     settings["network"] = lambda *shape: common.ConvNet(*shape, width=8).double()
     kind = frepo.FrepoProtocol if regression else common.Protocol
     protocol = kind(augment=augment, **settings | {"lr": 0.01})
-    arguments = data, variants, labels, protocol, argparse.Namespace(seed=0, epochs=0)
+    arguments = (
+        data,
+        variants,
+        labels,
+        protocol,
+        argparse.Namespace(seed=0, epochs=0, compile=False),
+    )
     trained, _ = common.train_and_test(*arguments)
     orders = torch.cat(batches).view(3, 36)
     assert [len(index) for index in batches] == [15, 15, 6] * 3 and len(orders.unique(dim=0)) == 3

@@ -58,6 +58,8 @@ def test_compiled_match(compiler):
     """Twice, and with another shape."""
     for side in (16, 16, 20):
         check_match("module", side=side, device=PLACE)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["inductor"]["cudagraph_skips"]
 
 
 class Run(common.Run):

@@ -192,6 +192,20 @@ def test_experts_of_others(call, tmp_path):
     assert one["accuracy"] == again["accuracy"]
 
 
+COMPILES = [("glyphs", [], False), ("glyphs", ["--compile"], True)]
+COMPILES += [("cifar10", [], True), ("cifar10", ["--no-compile"], False)]
+
+
+@METHODS
+def test_compile(method):
+    """Off for glyphs, unless asked for; a resumed run may change it."""
+    module = importlib.import_module(method)
+    for name, flags, expected in COMPILES:
+        args = common.parse_args(module.Args, module.PRESETS, ["--dataset", name, *flags])
+        scored = evaluate.compiles(evaluate.parse(["x.pt", *flags]), argparse.Namespace(name=name))
+        assert args.compile == scored == expected and "compile" in args.free
+
+
 TWINS = [("mtt", "haba", mtt.load_experts, mtt.match_trajectory)]
 TWINS += [("frepo", "translator_fewshot", frepo.krr, frepo.FrepoProtocol)]
 
