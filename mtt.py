@@ -56,7 +56,7 @@ PRESETS = {
     ("imagenet10", 10): dict(max_start=10, lr_step=1e-6, batch=20),
     ("tinyimagenet", 1): dict(student_steps=10, max_start=10, lr_images=1e4, lr_step=1e-4),
     ("tinyimagenet", 10): dict(max_start=40, lr_images=1e4, lr_step=1e-4, batch=200),
-    ("glyphs", 1): dict(iterations=100, experts=2, expert_epochs=4, max_start=5, step_size=0.005)
+    ("glyphs", 1): dict(iterations=80, experts=2, expert_epochs=4, max_start=5, step_size=0.005)
     | dict(lr_images=100.0, lr_step=1e-7, runs=2, epochs=200),
 }
 
