@@ -169,7 +169,7 @@ def setup(args):
     torch.backends.cudnn.benchmark = True
     # each batch size is compiled by itself, so a resumed run computes the same
     torch._dynamo.config.recompile_limit = 100
-    compiling(args)
+    compiling(args.compile)
     # malloc keeps freed memory, which saves page faults: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = -1
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -178,9 +178,9 @@ def setup(args):
     return torch.device(device)
 
 
-def compiling(args):
-    """Let torch.compile compile or not, as args.compile says; also a context."""
-    return torch.compiler.set_stance("default" if args.compile else "force_eager")
+def compiling(on):
+    """Let torch.compile compile or not, from here on or as a context."""
+    return torch.compiler.set_stance("default" if on else "force_eager")
 
 
 def fast_type(x):
@@ -641,7 +641,7 @@ def train_and_test(data, images, labels, protocol, args, step_size=None, k=0):
     optimizer = protocol.optimizer(net.parameters(), weight_decay=protocol.weight_decay)
     if labels.ndim == 1:
         labels = protocol.soft_labels(labels, len(data.classes))
-    with compiling(args):
+    with compiling(args.compile):
         for epoch in progress(range(protocol.length(len(labels))), f"network {k}, epochs"):
             optimizer.param_groups[0]["lr"] = protocol.rate(epoch, len(labels))
             train_epoch(net, optimizer, data, images, labels, protocol, *key, epoch)

@@ -266,7 +266,7 @@ def learn_features(data, args):
     # random fractions break ties
     forgotten = torch.rand(len(data.train), device=data.device)
     correct = torch.zeros_like(forgotten).bool()
-    common.compiling(argparse.Namespace(compile=compiles(args, data)))
+    common.compiling(compiles(args, data))
     for epoch in common.progress(range(20), "epochs for core-sets"):
         common.train_epoch(net, sgd, data, *real, args.seed, epoch)
         features = common.frozen_features(net, data.train)

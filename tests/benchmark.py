@@ -4,10 +4,10 @@
     python tests/benchmark.py                         # a quarter of an hour
 
 Images are noise, 3x32x32 in 10 classes. Seconds: the median of the iterations that fit into the
-budget, without the first two, which compile. Floor: the arithmetic of the
-networks, counted by hand, over the rate of a large matrix product. In forward passes an image costs
-1 without a gradient, 2 with its own, 3 with the network's, 9 in a student step (3 forward and
-backward, 6 for the gradient of the gradient; what is built a second time does not count).
+budget, without the first two, which compile. Floor: the arithmetic of the networks, counted by
+hand, over the rate of a large matrix product. In forward passes an image costs 1 without a
+gradient, 2 with its own, 3 with the network's, 9 in a student step (3 forward and backward, 6 for
+the gradient of the gradient; what is built a second time does not count).
 """
 
 import argparse

@@ -42,9 +42,6 @@ def exact(monkeypatch):
 @pytest.fixture
 def compiler():
     """Let torch.compile compile, without what an earlier run has cached."""
-    import torch._dynamo
-    import torch._inductor
-
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     fresh = torch._inductor.config.patch(force_disable_caches=True)

@@ -1,6 +1,5 @@
 """Data, augmentation, network and training of common.py, each against an independent reference."""
 
-import argparse
 import collections
 import dataclasses
 import math
@@ -292,13 +291,7 @@ def test_train(regression, data, monkeypatch):
     settings["network"] = lambda *shape: common.ConvNet(*shape, width=8).double()
     kind = frepo.FrepoProtocol if regression else common.Protocol
     protocol = kind(augment=augment, **settings | {"lr": 0.01})
-    arguments = (
-        data,
-        variants,
-        labels,
-        protocol,
-        argparse.Namespace(seed=0, epochs=0, compile=False),
-    )
+    arguments = data, variants, labels, protocol, common.Args(compile=False)
     trained, _ = common.train_and_test(*arguments)
     orders = torch.cat(batches).view(3, 36)
     assert [len(index) for index in batches] == [15, 15, 6] * 3 and len(orders.unique(dim=0)) == 3

@@ -77,6 +77,7 @@ def check_match(kind, **place):
     assert max(map(relative, [our_loss, *found], [loss, *expected])) < 1e-8
     assert torch.equal(arguments[1], start) and leaves[0].grad == 1
     assert all(p.grad is None for p in arguments[0].parameters()) and not our_loss.requires_grad
+    assert not any(ref() is not None for ref in made)
 
 
 KINDS = pytest.mark.parametrize("kind", ["all", "minibatches", "module"])
@@ -108,12 +109,12 @@ def test_bfloat16(monkeypatch):
     found = []
     for dtype, low in ((torch.double, False), (torch.float, False), (torch.float, True)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda low=low: low)
-        arguments, leaves = scene("module", 5, dtype=dtype)
+        arguments, leaves = scene("module", 1, dtype=dtype)
         loss, step_size_grad = mtt.match_trajectory(*arguments)
         found.append([step_size_grad, *[leaf.grad for leaf in leaves[1:]]])
         assert all(gradient.dtype == dtype for gradient in (loss, *found[-1]))
     for exact, single, half in zip(*found, strict=True):
-        assert relative(single.double(), exact) < 1e-4 < relative(half.double(), exact) < 0.3
+        assert relative(single.double(), exact) < 1e-4 < relative(half.double(), exact) < 0.15
 
 
 def test_student_indices():
